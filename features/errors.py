@@ -1,0 +1,61 @@
+"""The errors a user can cause, each told in one line with its remedy, and their exit codes."""
+
+from __future__ import annotations
+
+
+class PermafrostError(Exception):
+    """A mistake in what was asked for: a path, an option, a column, a condition."""
+
+    exit_code = 2
+
+
+class SourceError(PermafrostError):
+    """The source cannot be listed: it is missing, empty, or its table or template does not fit."""
+
+
+class BackboneError(PermafrostError):
+    """No such backbone, layer, precision or device, or its weights cannot be had."""
+
+
+class DataError(PermafrostError):
+    """The samples do not carry what training needs: a column, labels, enough members per class."""
+
+
+class Refused(PermafrostError):
+    """What lies on disk is not what it must be, and going on would mix or run what nobody asked for."""
+
+    exit_code = 5
+
+
+class StoreError(Refused):
+    """The store has a newer format, is no store at all, or lies where it could not be kept safe."""
+
+
+class ViewMismatch(Refused):
+    """A view holds embeddings of another spec than the one asked for."""
+
+
+class BundleError(Refused):
+    """The bundle is incomplete, of a newer format, or holds a type that no bundle of ours holds."""
+
+
+class NonFinite(PermafrostError):
+    """The backbone gave a vector with NaN or infinity; nothing of that batch was stored."""
+
+    exit_code = 6
+
+
+class ImageError(Exception):
+    """One image that cannot be used; it becomes a row of the listing and never stops a run.
+
+    Parameters
+    ----------
+    code : str
+        A stable reason, one of `features.images.REASONS`.
+    detail : str
+        What the decoder or the file system said.
+    """
+
+    def __init__(self, code: str, detail: str) -> None:
+        super().__init__(f"{code}: {detail}")
+        self.code = code

@@ -1,0 +1,118 @@
+"""A model's tensors: read from a file, the package or torchvision's hub, checked by name, and digested."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from pathlib import Path
+from urllib.error import URLError
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torchvision import models
+
+from features.errors import BackboneError
+from features.views import TINY_WEIGHTS, Request
+
+
+def member(name: str, wanted: str) -> models.Weights:
+    """Look up one member of a model's weights enum."""
+    enum = models.get_model_weights(name)
+    if wanted not in enum.__members__:
+        known = ", ".join(enum.__members__)
+        raise BackboneError(
+            f"{name} has no weights {wanted!r}; use {known}, a .pth or .safetensors file, or untrained"
+        )
+    return enum[wanted]
+
+
+def hub_file(weights: models.Weights) -> Path:
+    """Where torchvision's hub keeps a file of weights once it has it."""
+    return Path(torch.hub.get_dir(), "checkpoints", Path(weights.url).name)
+
+
+def read(request: Request) -> dict[str, Tensor]:
+    """Read the tensors that a request names, from a file, the package, or torchvision's hub."""
+    if request.is_file:
+        return read_file(Path(request.weights))
+    if request.backbone == "tiny":
+        if request.weights != "V1":
+            raise BackboneError(f"tiny has no weights {request.weights!r}; use V1, a file, or untrained")
+        return read_file(TINY_WEIGHTS)
+    weights = member(request.backbone, request.weights)
+    try:
+        return dict(weights.get_state_dict(progress=False, check_hash=True))
+    except (URLError, OSError, RuntimeError) as error:
+        raise BackboneError(
+            f"weights {request.weights} of {request.backbone} cannot be fetched ({error}); pass --weights FILE, "
+            f"put the file at {hub_file(weights)}, or use --backbone tiny"
+        ) from None
+
+
+def read_file(path: Path) -> dict[str, Tensor]:
+    """Read a state dict from a ``.safetensors`` file or one written by `torch.save`."""
+    try:
+        if path.suffix == ".safetensors":
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    # torch.load and safetensors raise a dozen types for files that are not theirs.
+    except Exception as error:
+        first = f"{error}".splitlines()[0] if f"{error}" else type(error).__name__
+        raise BackboneError(f"weight file {path} is not a state dict: {first}") from None
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        held = ", ".join(map(str, state)) if isinstance(state, dict) else type(state).__name__
+        raise BackboneError(f"weight file {path} is not a state dict (it holds {held}); save model.state_dict()")
+    return state
+
+
+def fit(model: nn.Module, state: dict[str, Tensor], head: str, origin: str) -> None:
+    """Copy tensors into a model. All must fit exactly, save those of the classifying layer that was taken off.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+    state : dict of str to torch.Tensor
+    head : str
+        Name of the layer taken off.
+    origin : str
+        Where the tensors come from, for the error.
+
+    Raises
+    ------
+    BackboneError
+        Naming the tensors that are missing, unknown or of another shape.
+    """
+    # torchvision published its densenets before it renamed norm.1 to norm1 inside a dense layer.
+    state = {re.sub(r"(denselayer\d+\.(?:norm|conv))\.([12])\.", r"\1\2.", key): state[key] for key in state}
+    own = model.state_dict()
+    faults = {
+        "missing": [key for key in own if key not in state and not _is_counter(key)],
+        "unknown": [key for key in state if key not in own and key.rpartition(".")[0] != head],
+        "of another shape": [key for key in own if key in state and state[key].shape != own[key].shape],
+    }
+    if any(faults.values()):
+        told = "; ".join(
+            f"{what} {', '.join(keys[:3])}{f' and {len(keys) - 3} more' if len(keys) > 3 else ''}"
+            for what, keys in faults.items()
+            if keys
+        )
+        raise BackboneError(f"weights {origin} do not fit this backbone: {told}")
+    model.load_state_dict({key: state[key] for key in own if key in state}, strict=False)
+
+
+def digest(model: nn.Module) -> str:
+    """SHA-256 (hex) over every tensor that the embedding depends on: its name, type, shape and bytes."""
+    total = hashlib.sha256()
+    for key, tensor in sorted(model.state_dict().items()):
+        if _is_counter(key):
+            continue
+        total.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        total.update(tensor.contiguous().numpy().tobytes())
+    return total.hexdigest()
+
+
+def _is_counter(key: str) -> bool:
+    """Whether a tensor only counts training steps; converted checkpoints often lack it."""
+    return key.endswith("num_batches_tracked")
