@@ -8,7 +8,8 @@ classes fits, and what is left cannot return logits.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +31,7 @@ SEED = 0
 TINY_TRANSFORM = ImageClassification(crop_size=128, resize_size=144)
 
 # Without these, torchvision builds another network than the one its published weights are for.
-_PUBLISHED_AS = dict.fromkeys(("googlenet", "inception_v3"), {"transform_input": True, "init_weights": False})
+_PUBLISHED_AS = {name: {"transform_input": True, "init_weights": False} for name in ("googlenet", "inception_v3")}
 
 
 @dataclass(frozen=True)
@@ -69,10 +70,22 @@ class Backbone:
         numpy.ndarray
             float32, shape (images, dim).
         """
-        # cuDNN convolutions take TF32 unless told otherwise; matrix products do not.
-        with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        with torch.inference_mode(), _exact_float32():
             embedding = self.model(torch.stack(batch).to(self.device))
-        return embedding.cpu().numpy()
+        vectors: NDArray[np.float32] = embedding.cpu().numpy()
+        return vectors
+
+
+@contextmanager
+def _exact_float32() -> Iterator[None]:
+    """Float32 products as such: neither TF32, which cuDNN takes by default, nor what the process has allowed."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def load(request: Request, device: str = "auto") -> Backbone:
@@ -141,14 +154,17 @@ def build(name: str) -> tuple[nn.Module, str]:
 
 
 def _with_classifier(name: str) -> nn.Module:
-    if name == "tiny":
-        return models.mobilenet_v2(width_mult=0.5)
-    return models.get_model(name, weights=None, **_PUBLISHED_AS.get(name, {}))
+    published = _PUBLISHED_AS.get(name, {})
+    model: nn.Module = (
+        models.mobilenet_v2(width_mult=0.5) if name == "tiny" else models.get_model(name, weights=None, **published)
+    )
+    return model
 
 
 def classifying_layer(model: nn.Module) -> str:
     """Name of the layer that turns an embedding into logits: the last linear or convolutional one."""
-    return [name for name, layer in model.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)][-1]
+    *_, last = (name for name, layer in model.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d))
+    return str(last)
 
 
 def transform_of(request: Request) -> ImageClassification:
@@ -208,9 +224,7 @@ def pick_device(device: str) -> torch.device:
         target = torch.device(device)
         torch.empty(1, device=target)
     except (RuntimeError, AssertionError) as error:
-        raise BackboneError(
-            f"device {device!r} is not here ({f'{error}'.splitlines()[0]}); use --device cpu"
-        ) from None
+        raise BackboneError(f"device {device!r} is not here ({f'{error}'.splitlines()[0]}); use --device cpu") from None
     return target
 
 

@@ -7,7 +7,6 @@ therefore done by the next, and a run with nothing to do loads no model.
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -31,6 +30,7 @@ if TYPE_CHECKING:
 
 BATCH = 64
 PART = 2048
+STAGES = ("load", "read", "decode", "model", "write")
 LIBRARIES = ("torch", "torchvision", "pillow", "numpy", "pyarrow")
 
 Progress = Callable[[int, int], None]
@@ -132,14 +132,14 @@ def fill(
     """Embed what a source has and a view has not, and publish nothing; see `extract`."""
     plan, present, pending = look_ahead(source, store, name)
     view, backbone = store.view(name), None
-    seconds: Counter[str] = Counter()
+    seconds = dict.fromkeys(STAGES, 0.0)
     if view is None or len(plan.todo) or not request.same_as(view.request):
         from features import backbones
 
         begun = time.perf_counter()
         backbone = backbones.load(request, device)
         view = store.add_view(View(name, backbone.spec, backbone.dim, request))
-        seconds["load"] = time.perf_counter() - begun
+        seconds["load"] += time.perf_counter() - begun
     read, embedded = [], 0
     for facts, sha256, vectors in _parts(plan, backbone, present, seconds, progress) if backbone else ():
         begun = time.perf_counter()
@@ -151,6 +151,15 @@ def fill(
     failed = pc.sum(pc.equal(rows["status"], "failed")).as_py() or 0
     counts = {"listed": len(rows), "opened": len(plan.todo), "embedded": embedded, "failed": failed}
     return Filled(view, rows, pending, counts, seconds)
+
+
+def preview(source: Source, store: FeatureStore, view: str) -> dict[str, Any]:
+    """What a run would do: samples ``listed``, ``to_open``, and ``gone`` from the listing; writes nothing."""
+    plan, _, _ = look_ahead(source, store, view)
+    listed = store.snapshot().samples
+    before = listed.filter(pc.equal(listed["source"], source.name))["id"]
+    gone = len(set(before.to_pylist()) - set(source.listing["id"].to_pylist())) if source.whole else 0
+    return {"source": source.name, "view": view, "listed": len(source.listing), "to_open": len(plan.todo), "gone": gone}
 
 
 def look_ahead(source: Source, store: FeatureStore, view: str) -> tuple[Plan, Present, list[str]]:
@@ -168,7 +177,7 @@ def _of_others(listed: pa.Table, source: str) -> pa.Table:
 
 
 def _parts(
-    plan: Plan, backbone: Backbone, present: Present, seconds: Counter[str], progress: Progress
+    plan: Plan, backbone: Backbone, present: Present, seconds: dict[str, float], progress: Progress
 ) -> Iterator[tuple[pa.Table, list[str], NDArray[np.float32]]]:
     """Read and embed what is to do, a part at a time: facts, and the vectors by SHA-256."""
     for start in range(0, len(plan.todo), PART):
@@ -177,7 +186,8 @@ def _parts(
         waiting: dict[str, Any] = {}
         vectors: dict[str, NDArray[np.float32]] = {}
         for reading in read_all(some["uri"].to_pylist(), backbone.transform, present.sha256):
-            seconds.update(reading.seconds)
+            for stage, spent in reading.seconds.items():
+                seconds[stage] += spent
             facts.append(reading.facts)
             if reading.pixels is not None and reading.facts["sha256"] not in vectors:
                 waiting[reading.facts["sha256"]] = reading.pixels
@@ -189,7 +199,7 @@ def _parts(
         yield samples.read_rows(some, facts), list(vectors), stacked
 
 
-def _embed(backbone: Backbone, images: dict[str, Any], seconds: Counter[str]) -> dict[str, NDArray[np.float32]]:
+def _embed(backbone: Backbone, images: dict[str, Any], seconds: dict[str, float]) -> dict[str, NDArray[np.float32]]:
     begun = time.perf_counter()
     vectors = backbone.embed(list(images.values()))
     seconds["model"] += time.perf_counter() - begun

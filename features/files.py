@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import uuid
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -128,15 +129,13 @@ class Root:
             return
         target = Path(self.at(name))
         target.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(self._write_aside(content), target)
+        self._write_aside(content).replace(target)
         _flush(target.parent)
 
     def remove(self, name: str) -> None:
         """Delete a file; not an error if another did."""
-        try:
+        with suppress(FileNotFoundError):
             self.fs.rm_file(self.at(name))
-        except FileNotFoundError:
-            pass
 
     def _write_aside(self, content: bytes) -> Path:
         aside = Path(self.at("tmp"), uuid.uuid4().hex)

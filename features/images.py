@@ -14,10 +14,12 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from features.errors import ImageError
 
-EXTENSIONS = frozenset(
-    ".jpg .jpeg .jpe .jfif .png .apng .gif .webp .bmp .dib .tif .tiff .ppm .pgm .pbm .pnm "
-    ".jp2 .j2k .tga .sgi .ico .cur .icns .psd .mpo .avif".split()
-)
+# fmt: off
+EXTENSIONS = frozenset((
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".gif", ".webp", ".avif", ".bmp", ".dib", ".tif", ".tiff",
+    ".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".tga", ".sgi", ".ico", ".cur", ".icns", ".psd", ".mpo",
+))
+# fmt: on
 MAX_PIXELS = 178_956_970
 
 POLICY: dict[str, Any] = {

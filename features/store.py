@@ -24,14 +24,12 @@ from numpy.typing import NDArray
 from features import samples
 from features.errors import StoreError
 from features.files import Root
+from features.parquet import decode_part, encode, encode_part, meta_of
 from features.views import View
 
 FORMAT = 1
 """Of everything under a store's root. Raise it when an older reader would misread or miss a row; keep reading the
 older ones, and keep a store of each in the tests."""
-
-ROW_GROUP = 1024
-_KEY = b"permafrost"
 
 
 @dataclass(frozen=True)
@@ -70,6 +68,12 @@ class FeatureStore:
 
     root: Root
 
+    @staticmethod
+    def is_store(url: str) -> bool:
+        """Whether there is a store, of whatever format."""
+        root = Root.of(url)
+        return bool(root.fs.exists(root.at("store.json")))
+
     @classmethod
     def open(cls, url: str) -> FeatureStore:
         """Open a store that is there.
@@ -79,30 +83,32 @@ class FeatureStore:
         StoreError
             If there is none, or it has a newer format.
         """
-        root = Root.of(url)
-        if not root.fs.exists(root.at("store.json")):
+        store = cls(Root.of(url))
+        if not cls.is_store(url):
             raise StoreError(f"{url} is not a feature store (it has no store.json); `permafrost extract` makes one")
-        found = root.read_json("store.json").get("format")
+        found = store.root.read_json("store.json").get("format")
         if not isinstance(found, int) or found > FORMAT:
-            raise StoreError(f"store {url} has format {found}, this permafrost reads up to {FORMAT}; upgrade permafrost")
-        return cls(root)
+            raise StoreError(
+                f"store {url} has format {found}, this permafrost reads up to {FORMAT}; upgrade permafrost"
+            )
+        return store
 
     @classmethod
-    def open_or_create(cls, url: str) -> FeatureStore:
-        """Open a store, making an empty one where there is nothing.
+    def open_or_new(cls, url: str) -> FeatureStore:
+        """Open a store, or an empty one that comes into being with its first view.
 
         Raises
         ------
         StoreError
             If the directory holds other things, or a store of a newer format.
         """
-        root = Root.of(url)
-        if not root.fs.exists(root.at("store.json")):
-            others = [name for name in root.names("") if name != "tmp"]
-            if others:
-                raise StoreError(f"{url} is not empty and no feature store (it holds {others[0]}); use a new directory")
-            root.create("store.json", _json({"format": FORMAT}))
-        return cls.open(url)
+        store = cls(Root.of(url))
+        if cls.is_store(url):
+            return cls.open(url)
+        others = [name for name in store.root.names("") if name != "tmp"]
+        if others:
+            raise StoreError(f"{url} is not empty and no feature store (it holds {others[0]}); use a new directory")
+        return store
 
     # The listing
 
@@ -116,7 +122,7 @@ class FeatureStore:
         except FileNotFoundError:
             raise StoreError(f"{self.root.path} has no snapshot {number}") from None
         table = pq.read_table(io.BytesIO(content))
-        meta = json.loads(table.schema.metadata[_KEY])
+        meta = meta_of(table.schema)
         if meta["format"] > FORMAT:
             raise StoreError(f"snapshot {number} has format {meta['format']}, this permafrost reads up to {FORMAT}")
         digest = hashlib.sha256(content).hexdigest()
@@ -153,7 +159,7 @@ class FeatureStore:
             if merged.equals(base.samples):
                 return None
             number, listed = base.number + 1, base.listed | {source: listed_at}
-            content = _snapshot_bytes(merged, {"format": FORMAT, "number": number, "listed": listed})
+            content = encode(merged, {"format": FORMAT, "number": number, "listed": listed})
             if self.root.create(_snapshot_file(number), content):
                 return Snapshot(number, hashlib.sha256(content).hexdigest(), merged, listed)
 
@@ -175,7 +181,7 @@ class FeatureStore:
         if not self.root.fs.exists(self.root.at("samples.parquet")):
             return 0
         with self.root.fs.open(self.root.at("samples.parquet"), "rb") as file:
-            number: int = json.loads(pq.read_schema(file).metadata[_KEY])["number"]
+            number: int = meta_of(pq.read_schema(file))["number"]
             return number
 
     # Views and their parts
@@ -206,6 +212,7 @@ class FeatureStore:
         ViewMismatch
             If the name belongs to a view of another spec.
         """
+        self.root.create("store.json", _json({"format": FORMAT}))
         described = view.to_json() | {"format": FORMAT}
         if self.root.create(f"embeddings/{view.name}/_view.json", _json(described)):
             return view
@@ -255,15 +262,22 @@ class FeatureStore:
         if not new:
             return 0
         keys = [sha256[row] for row in new]
-        content = _part_bytes(view, keys, embeddings[new], versions)
+        meta = {"format": FORMAT, "fingerprint": view.fingerprint, "versions": versions}
+        content = encode_part(keys, embeddings[new], meta)
         name = f"{stamp()}-{hashlib.sha256(content).hexdigest()[:16]}.parquet"
         self.root.create(f"embeddings/{view.name}/{name}", content)
         present.sha256.update(keys)
         present.parts.add(name)
         return len(new)
 
-    def embeddings(self, view: View) -> tuple[NDArray[np.object_], NDArray[np.float32]]:
-        """Read a whole view; of doubles that a race left, the first counts.
+    def embeddings(self, view: View, wanted: set[str] | None = None) -> tuple[NDArray[np.object_], NDArray[np.float32]]:
+        """Read a view, or some images' part of it; of doubles that a race left, the first counts.
+
+        Parameters
+        ----------
+        view : View
+        wanted : set of str, optional
+            SHA-256 of the images; all by default.
 
         Returns
         -------
@@ -276,12 +290,10 @@ class FeatureStore:
         rows: list[NDArray[np.float32]] = []
         for name in self._parts(view.name):
             with self.root.fs.open(self.root.at(f"embeddings/{view.name}/{name}"), "rb") as file:
-                part = pq.read_table(file, page_checksum_verification=True).combine_chunks()
-            part_keys = part["sha256"].to_pylist()
-            matrix = part["embedding"].combine_chunks().flatten().to_numpy().reshape(len(part), view.dim)
-            new = [row for row, key in enumerate(part_keys) if key not in keys]
-            keys.update((part_keys[row], len(keys) + place) for place, row in enumerate(new))
-            rows.append(matrix if len(new) == len(part) else matrix[new])
+                part_keys, matrix = decode_part(file)
+            new = [row for row, key in enumerate(part_keys) if key not in keys and (wanted is None or key in wanted)]
+            keys.update(zip((part_keys[row] for row in new), range(len(keys), len(keys) + len(new)), strict=True))
+            rows.append(matrix if len(new) == len(matrix) else matrix[new])
         stacked = np.concatenate(rows) if rows else np.empty((0, view.dim), np.float32)
         return np.array(list(keys), dtype=object), stacked
 
@@ -293,7 +305,7 @@ class FeatureStore:
     def keep_pending(self, source: str, rows: pa.Table) -> str:
         """Keep what a run has read so far, for the next run should this one die; returns the file's name."""
         name = f"pending/{_source_key(source)}-{stamp()}-{secrets.token_hex(4)}.parquet"
-        self.root.create(name, _parquet_bytes(rows))
+        self.root.create(name, encode(rows, {"format": FORMAT, "source": source}))
         return name
 
     def pending(self, source: str) -> tuple[pa.Table, list[str]]:
@@ -331,36 +343,3 @@ def _snapshot_file(number: int) -> str:
 
 def _source_key(source: str) -> str:
     return hashlib.sha256(source.encode()).hexdigest()[:16]
-
-
-def _snapshot_bytes(table: pa.Table, meta: dict[str, Any]) -> bytes:
-    return _parquet_bytes(table.replace_schema_metadata({_KEY: json.dumps(meta)}))
-
-
-def _part_bytes(view: View, keys: list[str], matrix: NDArray[np.float32], versions: dict[str, str]) -> bytes:
-    values = pa.field("item", pa.float32(), nullable=False)
-    vectors = pa.FixedSizeListArray.from_arrays(
-        pa.array(np.ascontiguousarray(matrix).reshape(-1)), type=pa.list_(values, view.dim)
-    )
-    meta = {"format": FORMAT, "fingerprint": view.fingerprint, "versions": versions}
-    schema = pa.schema(
-        [pa.field("sha256", pa.string(), nullable=False), pa.field("embedding", vectors.type, nullable=False)],
-        metadata={_KEY: json.dumps(meta)},
-    )
-    return _parquet_bytes(pa.table([pa.array(keys), vectors], schema=schema))
-
-
-def _parquet_bytes(table: pa.Table) -> bytes:
-    # Dictionaries and statistics over floats cost time and space and help no reader.
-    sink = io.BytesIO()
-    vectors = "embedding" in table.column_names
-    pq.write_table(
-        table,
-        sink,
-        row_group_size=ROW_GROUP if vectors else None,
-        compression="lz4" if vectors else "zstd",
-        use_dictionary=False if vectors else True,
-        write_statistics=["sha256"] if vectors else True,
-        write_page_checksum=True,
-    )
-    return sink.getvalue()

@@ -11,18 +11,17 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
-from PIL import Image
 from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional
 from torchvision.transforms import v2
 
 from features import backbones, images, weights
-from features.views import TINY_WEIGHTS, Request
+from features.views import TINY_WEIGHTS
 
 BATCH = 128
 STUDENT_PX, TEACHER_PX = 128, 192
@@ -113,12 +112,12 @@ def keep_lessons(files: list[Path], crops: int, teacher: Path) -> tuple[Tensor, 
 
 
 def _pixels(path: Path) -> Tensor:
-    image: Image.Image = images.decode(path.read_bytes())
-    return v2.functional.pil_to_tensor(image)
+    pixels: Tensor = v2.functional.pil_to_tensor(images.decode(path.read_bytes()))
+    return pixels
 
 
 def _normalised(batch: Tensor) -> Tensor:
-    scaled = v2.functional.normalize(batch.float() / 255, list(MEAN), list(STD))
+    scaled: Tensor = v2.functional.normalize(batch.float() / 255, list(MEAN), list(STD))
     return scaled.contiguous(memory_format=torch.channels_last)
 
 
@@ -140,14 +139,14 @@ def distil(seen: Tensor, taught: Tensor, read_out: nn.Module, epochs: int) -> tu
     losses = []
     for epoch in range(epochs):
         total, started = 0.0, time.time()
-        order = torch.randperm(len(seen))[: steps // epochs * BATCH].split(BATCH)
+        order = torch.randperm(len(seen))[: steps // epochs * BATCH].reshape(-1, BATCH)
         for rows in order:
             batch, target = seen[rows], taught[rows].float()
             if torch.rand(()) < 0.5:
                 batch = batch.flip(3)
             loss = _distance(student(_normalised(batch)), target, scale, read_out)
             optimizer.zero_grad()
-            loss.backward()
+            torch.autograd.backward(loss)
             optimizer.step()
             schedule.step()
             total += loss.item()
@@ -160,8 +159,9 @@ def distil(seen: Tensor, taught: Tensor, read_out: nn.Module, epochs: int) -> tu
 def _distance(embedding: Tensor, target: Tensor, scale: Tensor, read_out: nn.Module) -> Tensor:
     apart = functional.mse_loss(embedding / scale, target / scale)
     said, meant = (functional.log_softmax(read_out(x), dim=1) for x in (embedding, target))
-    divergence: Any = functional.kl_div(said, meant, log_target=True, reduction="batchmean")
-    return apart + READ_OUT_SHARE * divergence
+    divergence: Tensor = functional.kl_div(said, meant, log_target=True, reduction="batchmean")
+    total: Tensor = apart + READ_OUT_SHARE * divergence
+    return total
 
 
 if __name__ == "__main__":

@@ -122,6 +122,10 @@ class View:
     fingerprint: str = field(init=False)
 
     def __post_init__(self) -> None:
+        if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", self.name):
+            raise BackboneError(
+                f"view name {self.name!r} must be letters, digits, '_', '.' and '-', a letter or digit first"
+            )
         object.__setattr__(self, "fingerprint", fingerprint(self.spec))
 
     def require(self, spec: dict[str, Any]) -> None:
@@ -139,9 +143,7 @@ class View:
             for key in sorted(self.spec | spec)
             if self.spec.get(key) != spec.get(key)
         )
-        raise ViewMismatch(
-            f"view {self.name!r} holds other embeddings: {differences}; use --view with a new name"
-        )
+        raise ViewMismatch(f"view {self.name!r} holds other embeddings: {differences}; use --view with a new name")
 
     def to_json(self) -> dict[str, Any]:
         """A description that `from_json` reads back."""

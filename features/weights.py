@@ -21,9 +21,7 @@ def member(name: str, wanted: str) -> models.Weights:
     enum = models.get_model_weights(name)
     if wanted not in enum.__members__:
         known = ", ".join(enum.__members__)
-        raise BackboneError(
-            f"{name} has no weights {wanted!r}; use {known}, a .pth or .safetensors file, or untrained"
-        )
+        raise BackboneError(f"{name} has no weights {wanted!r}; use {known}, a .pth or .safetensors file, or untrained")
     return enum[wanted]
 
 

@@ -1,0 +1,71 @@
+"""Tables to Parquet bytes and back: the settings, and what is kept beside the columns."""
+
+from __future__ import annotations
+
+import io
+import json
+from typing import Any, BinaryIO
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+ROW_GROUP = 1024
+_KEY = b"permafrost"
+
+
+def encode(table: pa.Table, meta: dict[str, Any]) -> bytes:
+    """Encode a listing, with facts about it beside its columns."""
+    sink = io.BytesIO()
+    pq.write_table(_with_meta(table, meta), sink, compression="zstd", write_page_checksum=True)
+    return sink.getvalue()
+
+
+def meta_of(schema: pa.Schema) -> dict[str, Any]:
+    """The facts that were kept beside a file's columns."""
+    meta: dict[str, Any] = json.loads(schema.metadata[_KEY])
+    return meta
+
+
+def encode_part(sha256: list[str], embeddings: NDArray[np.float32], meta: dict[str, Any]) -> bytes:
+    """Encode embeddings as ``sha256, embedding``, neither of which is ever null.
+
+    Parameters
+    ----------
+    sha256 : list of str
+    embeddings : numpy.ndarray
+        float32, shape (images, dim).
+    meta : dict
+    """
+    dim = embeddings.shape[1]
+    values = pa.array(np.ascontiguousarray(embeddings, np.float32).reshape(-1))
+    vectors = pa.FixedSizeListArray.from_arrays(
+        values, type=pa.list_(pa.field("element", pa.float32(), nullable=False), dim)
+    )
+    fields = [pa.field("sha256", pa.string(), nullable=False), pa.field("embedding", vectors.type, nullable=False)]
+    table = pa.table([pa.array(sha256, pa.string()), vectors], schema=pa.schema(fields))
+    sink = io.BytesIO()
+    # Dictionaries of floats and of digests, and statistics over floats, cost time and space and help no reader.
+    pq.write_table(
+        _with_meta(table, meta),
+        sink,
+        row_group_size=ROW_GROUP,
+        compression="lz4",
+        use_dictionary=False,
+        write_statistics=["sha256"],
+        write_page_checksum=True,
+    )
+    return sink.getvalue()
+
+
+def decode_part(file: BinaryIO) -> tuple[list[str], NDArray[np.float32]]:
+    """Read what `encode_part` wrote, checking the checksum of each page."""
+    part = pq.read_table(file, page_checksum_verification=True).combine_chunks()
+    vectors = part["embedding"].combine_chunks()
+    matrix: NDArray[np.float32] = vectors.flatten().to_numpy().reshape(len(part), vectors.type.list_size)
+    return part["sha256"].to_pylist(), matrix
+
+
+def _with_meta(table: pa.Table, meta: dict[str, Any]) -> pa.Table:
+    return table.replace_schema_metadata({_KEY: json.dumps(meta)})

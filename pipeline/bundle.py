@@ -1,0 +1,189 @@
+"""A trained head as files that can be read and audited before anything in them runs."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import skops.io
+
+from features.errors import BundleError, DataError
+from features.views import View
+
+FORMAT = 1
+"""Of `bundle.json` and the files beside it. Raise it when an older reader would misread one; keep reading the older
+ones, and keep a bundle of each in the tests."""
+
+# Everything our heads are made of, by the name of skops' loader for it. A bundle with anything else is not ours.
+TYPES: dict[str, frozenset[str]] = {
+    "JsonNode": frozenset({"builtins.str"}),
+    "TypeNode": frozenset({"builtins.str"}),
+    "DictNode": frozenset({"builtins.dict"}),
+    "ListNode": frozenset({"builtins.list"}),
+    "TupleNode": frozenset({"builtins.tuple"}),
+    "NdArrayNode": frozenset(
+        f"numpy.{name}" for name in ("ndarray", "float32", "float64", "int64", "uint64", "bool", "str_")
+    ),
+    "RandomGeneratorNode": frozenset({"numpy.random._generator.Generator"}),
+    "TreeNode": frozenset({"sklearn.tree._tree.Tree"}),
+    "LossNode": frozenset(
+        f"sklearn._loss._loss.{name}" for name in ("CyHalfBinomialLoss", "CyHalfMultinomialLoss", "CyHalfSquaredError")
+    ),
+    "ObjectNode": frozenset(
+        f"sklearn.{name}"
+        for name in (
+            "_loss.link.IdentityLink",
+            "_loss.link.Interval",
+            "_loss.link.LogitLink",
+            "_loss.link.MultinomialLogit",
+            "_loss.loss.HalfBinomialLoss",
+            "_loss.loss.HalfMultinomialLoss",
+            "_loss.loss.HalfSquaredError",
+            "compose._target.TransformedTargetRegressor",
+            "ensemble._forest.RandomForestClassifier",
+            "ensemble._forest.RandomForestRegressor",
+            "ensemble._hist_gradient_boosting.binning._BinMapper",
+            "ensemble._hist_gradient_boosting.gradient_boosting.HistGradientBoostingClassifier",
+            "ensemble._hist_gradient_boosting.gradient_boosting.HistGradientBoostingRegressor",
+            "ensemble._hist_gradient_boosting.predictor.TreePredictor",
+            "linear_model._logistic.LogisticRegression",
+            "linear_model._ridge.Ridge",
+            "linear_model._ridge.RidgeClassifier",
+            "neighbors._classification.KNeighborsClassifier",
+            "neighbors._regression.KNeighborsRegressor",
+            "pipeline.Pipeline",
+            "preprocessing._data.StandardScaler",
+            "preprocessing._label.LabelBinarizer",
+            "preprocessing._label.LabelEncoder",
+            "svm._classes.LinearSVC",
+            "svm._classes.LinearSVR",
+            "svm._classes.SVC",
+            "svm._classes.SVR",
+            "tree._classes.DecisionTreeClassifier",
+            "tree._classes.DecisionTreeRegressor",
+        )
+    ),
+}
+# Of these, the ones that skops does not trust by itself.
+_TRUSTED = ["sklearn.tree._tree.Tree", "sklearn.ensemble._hist_gradient_boosting.predictor.TreePredictor"]
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A trained head, the view it reads, and how it came about.
+
+    Attributes
+    ----------
+    head : sklearn.pipeline.Pipeline
+    facts : dict
+        The content of `bundle.json`.
+    """
+
+    head: Any
+    facts: dict[str, Any]
+
+    @property
+    def view(self) -> View:
+        """The view whose embeddings the head reads."""
+        return View.from_json(self.facts["view"])
+
+
+def require_free(out: Path) -> None:
+    """Check, before the work, that a bundle may be written there.
+
+    Raises
+    ------
+    DataError
+        If something other than a bundle is there.
+    """
+    if out.exists() and not (out / "bundle.json").is_file():
+        raise DataError(f"{out} is there and is no bundle; use another --out")
+    if not out.parent.is_dir():
+        raise DataError(f"folder {out.parent} for --out is not there; make it first")
+
+
+def save(out: Path, head: Any, facts: dict[str, Any], report: str) -> dict[str, Any]:
+    """Write a bundle, in the place of an older one if there is one.
+
+    Returns
+    -------
+    dict
+        `facts` with the format and the files' digests, as `bundle.json` has them.
+    """
+    files = {
+        "head.skops": skops.io.dumps(head, compression=zipfile.ZIP_DEFLATED),
+        "report.md": report.encode(),
+    }
+    digests = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+    facts = {"format": FORMAT, **facts, "files": digests}
+    files["bundle.json"] = (json.dumps(facts, indent=1) + "\n").encode()
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch:
+        fresh = Path(scratch, "new")
+        fresh.mkdir()
+        for name, content in files.items():
+            (fresh / name).write_bytes(content)
+        if out.exists():
+            out.rename(Path(scratch, "old"))
+        fresh.rename(out)
+    return facts
+
+
+def load(path: Path) -> Bundle:
+    """Read a bundle, checking what it is before anything in it is built.
+
+    Raises
+    ------
+    BundleError
+        If it is no bundle, of a newer format, changed, or its head holds a type that is not in `TYPES`.
+    """
+    try:
+        facts = json.loads((path / "bundle.json").read_bytes())
+    except OSError:
+        raise BundleError(f"{path} is not a bundle (it has no bundle.json); `permafrost train` makes one") from None
+    except ValueError:
+        raise BundleError(f"{path}/bundle.json is damaged: not JSON") from None
+    found = facts.get("format") if isinstance(facts, dict) else None
+    if not isinstance(found, int) or found > FORMAT:
+        raise BundleError(f"bundle {path} has format {found}, this permafrost reads up to {FORMAT}; upgrade permafrost")
+    contents = {}
+    for name, digest in facts["files"].items():
+        try:
+            contents[name] = (path / name).read_bytes()
+        except OSError:
+            raise BundleError(f"bundle {path} is incomplete: it has no {name}") from None
+        if hashlib.sha256(contents[name]).hexdigest() != digest:
+            raise BundleError(f"bundle {path} was changed: {name} is not the file that was saved")
+    head = contents["head.skops"]
+    audit(head, path)
+    return Bundle(skops.io.loads(head, trusted=_TRUSTED), facts)
+
+
+def audit(head: bytes, path: Path) -> None:
+    """Check every type that a saved head names, without importing any.
+
+    Raises
+    ------
+    BundleError
+        Naming the first type that is not in `TYPES`.
+    """
+    try:
+        with zipfile.ZipFile(io.BytesIO(head)) as archive:
+            waiting: list[Any] = [json.loads(archive.read("schema.json"))]
+    except (zipfile.BadZipFile, KeyError, ValueError) as error:
+        raise BundleError(f"{path}/head.skops is damaged: {error}") from None
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, list):
+            waiting.extend(node)
+        elif isinstance(node, dict):
+            waiting.extend(node.values())
+            if "__loader__" in node or "__class__" in node:
+                kind = f"{node.get('__module__')}.{node.get('__class__')}"
+                if kind not in TYPES.get(str(node.get("__loader__")), ()):
+                    raise BundleError(f"{path}/head.skops holds a {kind}, which no bundle of permafrost's holds")

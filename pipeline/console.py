@@ -1,0 +1,83 @@
+"""What a person sees: progress while work runs, tables when it is done, one line when it fails."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+LINE_EVERY = 10.0
+"""Seconds between lines where there is no terminal."""
+
+error_console = Console(stderr=True, highlight=False)
+
+
+def say(line: str) -> None:
+    """A line for people, on stderr, so that stdout stays for results."""
+    error_console.print(line, markup=False, soft_wrap=True)
+
+
+@contextmanager
+def progress(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on a terminal, else a line now and then; both on stderr.
+
+    Yields
+    ------
+    callable
+        To be called with what is done and what there is to do.
+    """
+    started = time.monotonic()
+    if not error_console.is_terminal:
+        last = started
+
+        def line(done: int, total: int) -> None:
+            nonlocal last
+            now = time.monotonic()
+            if now - last >= LINE_EVERY or done == total:
+                last = now
+                rate = done / max(now - started, 1e-9)
+                say(f"{what}: {done:,} of {total:,} ({rate:,.0f}/s, {(total - done) / max(rate, 1e-9):,.0f} s left)")
+
+        yield line
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(show_speed=True),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=error_console, transient=True) as bar:
+        task = bar.add_task(what, total=None, rate="")
+
+        def draw(done: int, total: int) -> None:
+            rate = done / max(time.monotonic() - started, 1e-9)
+            bar.update(task, completed=done, total=total, rate=f"{rate:,.0f}/s")
+
+        yield draw
+
+
+def table(columns: list[str], rows: list[tuple[Any, ...]], title: str | None = None) -> None:
+    """Print a table on stdout; numbers to the right, nothing cut off where stdout is no terminal."""
+    drawn = Table(box=None, pad_edge=False)
+    for place, column in enumerate(columns):
+        numeric = bool(rows) and all(_is_number(row[place]) for row in rows)
+        drawn.add_column(column, justify="right" if numeric else "left", no_wrap=True)
+    for row in rows:
+        drawn.add_row(*(str(cell) for cell in row))
+    console = Console(highlight=False)
+    console.width = console.width if sys.stdout.isatty() else 240
+    if title:
+        console.print(title, style="bold", soft_wrap=True)
+    console.print(drawn)
+
+
+def _is_number(cell: Any) -> bool:
+    return str(cell) in ("", "-") or str(cell)[:1].lstrip("-").isdigit()

@@ -1,0 +1,144 @@
+"""A bundle and new images become predictions, one row for every sample."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from features.errors import DataError
+from features.extract import Progress, fill
+from features.sources import Source
+from features.store import FeatureStore
+from features.views import Request, View
+from pipeline import dataset
+from pipeline.bundle import Bundle
+
+CARRIED = ["source", "id", "uri", "sha256", "status", "error"]
+
+
+def predict_store(bundle: Bundle, store: FeatureStore) -> pa.Table:
+    """Predict every sample that a store lists, from the embeddings it has.
+
+    Returns
+    -------
+    pyarrow.Table
+        See `predict_source`.
+
+    Raises
+    ------
+    ViewMismatch
+        If the store has no view of the bundle's fingerprint.
+    """
+    view = dataset.matching_view(store, bundle.view)
+    return _predict(bundle, store, view, store.snapshot().samples.select(CARRIED))
+
+
+def predict_source(
+    bundle: Bundle,
+    source: Source,
+    *,
+    store: FeatureStore | None = None,
+    weights: str | None = None,
+    device: str = "auto",
+    progress: Progress = lambda done, total: None,
+) -> pa.Table:
+    """Embed what a source has with the bundle's own view, and predict it.
+
+    Parameters
+    ----------
+    bundle : Bundle
+    source : Source
+    store : FeatureStore, optional
+        Embeddings in it are not computed again, and new ones are added to it; its listing stays as it is.
+    weights : str, optional
+        Where the weight file is now.
+    device : str
+    progress : callable, optional
+
+    Returns
+    -------
+    pyarrow.Table
+        One row per sample, by source and id: ``source, id, uri, sha256, status, error, prediction``, and for heads
+        that know probabilities ``p_<class>``. Samples that cannot be read have a reason and no prediction.
+
+    Raises
+    ------
+    ViewMismatch
+        If the weights, or the store's view of that name, are not those of the bundle.
+    """
+    if store is None:
+        with tempfile.TemporaryDirectory(prefix="permafrost-") as scratch:
+            passing = FeatureStore.open_or_new(scratch)
+            return predict_source(bundle, source, store=passing, weights=weights, device=device, progress=progress)
+    view = _view_for(bundle, store)
+    request = bundle.view.request
+    if weights:
+        request = Request.parse(request.backbone, weights, request.layer, request.precision)
+    _, before = store.pending(source.name)
+    filled = fill(source, store, request, view.name, device, progress)
+    # Nothing is published, so what was read stays of use to no one but an interrupted extraction.
+    store.drop_pending(set(filled.pending) - set(before))
+    return _predict(bundle, store, view, filled.rows.select(CARRIED))
+
+
+def write(table: pa.Table, out: Path) -> None:
+    """Write predictions as Parquet, whole or not at all."""
+    aside = out.with_name(f".{out.name}.tmp")
+    try:
+        pq.write_table(table, aside, compression="zstd")
+        aside.replace(out)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def require_writable(out: Path) -> None:
+    """Check, before the work, that predictions may be written there.
+
+    Raises
+    ------
+    DataError
+        If it is no Parquet file's name, or its folder is not there.
+    """
+    if out.suffix != ".parquet":
+        raise DataError(f"predictions are written as Parquet; name --out {out.with_suffix('.parquet')}")
+    if not out.parent.is_dir():
+        raise DataError(f"folder {out.parent} for --out is not there; make it first")
+
+
+def _view_for(bundle: Bundle, store: FeatureStore) -> View:
+    """The bundle's view in a store, added if the store has none of its fingerprint."""
+    same = [view for view in store.views().values() if view.fingerprint == bundle.view.fingerprint]
+    return same[0] if same else store.add_view(bundle.view)
+
+
+def _predict(bundle: Bundle, store: FeatureStore, view: View, rows: pa.Table) -> pa.Table:
+    frame = rows.to_pandas()
+    sha256, matrix = store.embeddings(view, set(frame["sha256"].dropna()))
+    place = pd.Index(sha256).get_indexer(pd.Index(frame["sha256"]))
+    there = (place >= 0) & frame["status"].eq("ok").to_numpy()
+    lacking = ~there & frame["status"].eq("ok").to_numpy()
+    frame.loc[lacking, "status"] = "failed"
+    frame.loc[lacking, "error"] = f"not_embedded: the store's view {view.name} has no embedding of it"
+    X, classes = matrix[place[there]], bundle.facts["classes"]
+    # Estimators refuse a matrix without rows.
+    predicted = bundle.head.predict(X) if len(X) else np.array(classes or [0.0])[:0]
+    columns = {"prediction": _spread(predicted, there)}
+    if hasattr(bundle.head, "predict_proba"):
+        shares = bundle.head.predict_proba(X) if len(X) else np.empty((0, len(classes)))
+        columns |= {f"p_{name}": _spread(share, there) for name, share in zip(classes, shares.T, strict=True)}
+    table = pa.Table.from_pandas(frame, schema=rows.schema, preserve_index=False)
+    for name, values in columns.items():
+        table = table.append_column(name, values)
+    return table.sort_by([("source", "ascending"), ("id", "ascending")])
+
+
+def _spread(values: np.ndarray[Any, Any], there: np.ndarray[Any, np.dtype[np.bool_]]) -> pa.Array:
+    """Values of the samples that have one, null for the others."""
+    place = np.where(there, np.cumsum(there) - 1, 0)
+    return pa.array(values).take(pa.array(place, mask=~there))
