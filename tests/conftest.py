@@ -1,0 +1,107 @@
+"""What all tests share: drawn images, a backbone to compute in one's head, the command line, the real data."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from features import backbones, images
+from features.backbones import Backbone
+from features.views import Request
+
+COLOURS = {"red": (220, 40, 40), "green": (40, 200, 60), "blue": (50, 60, 210)}
+
+
+@pytest.fixture(scope="session")
+def testdata() -> Path:
+    """The folder of real images and weights, where there is one."""
+    folder = os.environ.get("PERMAFROST_TESTDATA")
+    if not folder:
+        pytest.skip("PERMAFROST_TESTDATA is not set")
+    return Path(folder).resolve()
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Twenty-four noisy squares of three colours, as ``<split>/<colour>/<number>.png``."""
+    folder = tmp_path / "photos"
+    random = np.random.default_rng(0)
+    for number in range(24):
+        label = list(COLOURS)[number % 3]
+        split = "test" if number >= 18 else "train"
+        draw(folder / split / label / f"{number:02d}.png", COLOURS[label], random)
+    return folder
+
+
+def draw(path: Path, colour: tuple[int, int, int], random: np.random.Generator | None = None) -> Path:
+    """Write a 20 x 16 image of one colour, with noise if there is a generator."""
+    pixels = np.tile(np.array(colour, float), (16, 20, 1))
+    if random is not None:
+        pixels += random.normal(0, 20, pixels.shape)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(path)
+    return path
+
+
+@dataclass
+class Toy:
+    """A backbone whose embedding of an image is its mean red, green and blue (0 to 255), and its tallies."""
+
+    request: Request
+    loaded: int = 0
+    embedded: int = 0
+    fail_after: int | None = None
+
+
+@pytest.fixture
+def toy(monkeypatch: pytest.MonkeyPatch) -> Toy:
+    """Every backbone is the toy while a test uses this."""
+    toy = Toy(Request("toy", "V1"))
+
+    class Mean(torch.nn.Module):
+        def forward(self, batch: torch.Tensor) -> torch.Tensor:
+            toy.embedded += len(batch)
+            if toy.fail_after is not None and toy.embedded > toy.fail_after:
+                raise KeyboardInterrupt
+            return batch.mean((2, 3))
+
+    def transform(image: Image.Image) -> torch.Tensor:
+        return torch.from_numpy(np.asarray(image.resize((8, 8))).copy()).permute(2, 0, 1).float()
+
+    def load(request: Request, device: str = "auto") -> Backbone:
+        toy.loaded += 1
+        spec = {"backbone": request.backbone, "weights": request.weights, "layer": request.layer, "decode": images.POLICY}
+        return Backbone(spec, 3, transform, Mean(), torch.device("cpu"))
+
+    monkeypatch.setattr(backbones, "load", load)
+    return toy
+
+
+@pytest.fixture
+def permafrost() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run the command line as a process of its own."""
+
+    def run(*arguments: object, code: int = 0, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+        done = subprocess.run(
+            [sys.executable, "-m", "pipeline.cli", *map(str, arguments)], capture_output=True, text=True, cwd=cwd
+        )
+        assert done.returncode == code, f"exit {done.returncode}: {done.stdout}{done.stderr}"
+        return done
+
+    return run
+
+
+def answer(done: subprocess.CompletedProcess[str]) -> Any:
+    """The one JSON object on stdout."""
+    return json.loads(done.stdout)
