@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from features import samples
-from features.store import FeatureStore, Present
+from features.store import ALL, FeatureStore, Present
 
 
 def describe(store: FeatureStore) -> dict[str, Any]:
@@ -18,7 +18,7 @@ def describe(store: FeatureStore) -> dict[str, Any]:
     -------
     dict
         ``store``; ``snapshot``, the newest one's number; ``columns``, the sources' own; ``sources``: for each its
-        ``samples``, ``failed`` and when it was ``listed``; ``failures`` by reason; ``views``: for each its ``dim``,
+        ``samples``, ``failed`` and when its listing last ``changed``; ``failures`` by reason; ``views``: for each its ``dim``,
         ``images``, the ``samples`` listed and readable that it covers, ``bytes`` and ``fingerprint``.
     """
     snapshot = store.snapshot()
@@ -46,7 +46,7 @@ def describe(store: FeatureStore) -> dict[str, Any]:
             name: {
                 "samples": pc.sum(pc.equal(table["source"], name)).as_py(),
                 "failed": pc.sum(pc.equal(failed["source"], name)).as_py() or 0,
-                "listed": snapshot.listed.get(name),
+                "changed": snapshot.listed.get(name, {}).get(ALL),
             }
             for name in pc.unique(table["source"]).to_pylist()
         },

@@ -27,6 +27,7 @@ from features.files import Root
 from features.parquet import decode_part, encode, encode_part, meta_of
 from features.views import View
 
+ALL = "0/1"
 FORMAT = 1
 """Of everything under a store's root. Raise it when an older reader would misread or miss a row; keep reading the
 older ones, and keep a store of each in the tests."""
@@ -44,14 +45,14 @@ class Snapshot:
         SHA-256 (hex) of its file.
     samples : pyarrow.Table
         One row per sample, by `features.samples.SCHEMA` and with the sources' own columns.
-    listed : dict of str to str
-        For each source, when it was listed (ISO 8601, UTC).
+    listed : dict of str to dict
+        For each source, when each shard of it was listed whole (ISO 8601, UTC); the shard of all samples is ``0/1``.
     """
 
     number: int
     digest: str
     samples: pa.Table
-    listed: dict[str, str]
+    listed: dict[str, dict[str, str]]
 
 
 @dataclass
@@ -150,7 +151,7 @@ class FeatureStore:
         """
         while True:
             base = self.snapshot()
-            if base.listed.get(source, "") > listed_at:
+            if base.listed.get(source, {}).get(ALL, "") > listed_at:
                 return None
             replaced = pc.equal(base.samples["source"], source)
             if not whole:
@@ -158,8 +159,9 @@ class FeatureStore:
             merged = samples.merge(base.samples, rows, replaced)
             if merged.equals(base.samples):
                 return None
-            number, listed = base.number + 1, base.listed | {source: listed_at}
-            content = encode(merged, {"format": FORMAT, "number": number, "listed": listed})
+            number, listed = base.number + 1, base.listed | ({source: {ALL: listed_at}} if whole else {})
+            meta = {"format": FORMAT, "number": number, "created": _now().isoformat(), "listed": listed}
+            content = encode(merged, meta)
             if self.root.create(_snapshot_file(number), content):
                 return Snapshot(number, hashlib.sha256(content).hexdigest(), merged, listed)
 

@@ -187,8 +187,8 @@ def info(store: StoreArgument, as_json: JsonOption = False) -> None:
         return
     print(f"{found['store']}, snapshot {found['snapshot']}; columns: {', '.join(found['columns']) or 'none'}\n")
     console.table(
-        ["source", "samples", "failed", "listed"],
-        [(name, of["samples"], of["failed"], of["listed"]) for name, of in found["sources"].items()],
+        ["source", "samples", "failed", "last change"],
+        [(name, of["samples"], of["failed"], of["changed"]) for name, of in found["sources"].items()],
     )
     print()
     console.table(

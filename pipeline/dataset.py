@@ -121,7 +121,7 @@ def load(
 
     def part(mask: NDArray[np.bool_]) -> Dataset:
         kept = frame[mask].reset_index(drop=True)
-        y = kept[target].to_numpy(np.float64) if task == "regression" else _classes(kept[target])
+        y = _quantities(kept[target]) if task == "regression" else _classes(kept[target])
         return Dataset(kept, matrix[rows[mask]], y, pd.factorize(kept["sha256"])[0].astype(np.int64))
 
     train = part(usable & ~tested)
@@ -211,6 +211,18 @@ def infer_task(target: pd.Series[Any]) -> Task:
     # Integers beside missing values arrive as floats.
     whole = bool((target == target.round()).all())
     return "classification" if whole and target.nunique() <= MOST_INTEGER_CLASSES else "regression"
+
+
+def _quantities(labels: pd.Series[Any]) -> NDArray[np.float64]:
+    try:
+        y = labels.to_numpy(np.float64)
+    except (TypeError, ValueError):
+        raise DataError(
+            f"column {labels.name!r} holds {str(labels.iloc[0])!r}, which is no quantity; use --task classification"
+        ) from None
+    if not np.isfinite(y).all():
+        raise DataError(f"column {labels.name!r} holds infinite values; leave them out with --where")
+    return y
 
 
 def _classes(labels: pd.Series[Any]) -> NDArray[Any]:

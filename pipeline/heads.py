@@ -51,9 +51,10 @@ HEADS: dict[str, dict[Task, Factory]] = {
         "classification": lambda: HistGradientBoostingClassifier(random_state=SEED),
         "regression": lambda: HistGradientBoostingRegressor(random_state=SEED),
     },
+    # Search trees are of no use in hundreds of dimensions, and a bundle would have to trust them.
     "knn": {
-        "classification": lambda: KNeighborsClassifier(),
-        "regression": lambda: KNeighborsRegressor(),
+        "classification": lambda: KNeighborsClassifier(algorithm="brute"),
+        "regression": lambda: KNeighborsRegressor(algorithm="brute"),
     },
     "ridge": {
         "classification": lambda: RidgeClassifier(alpha=1000.0),

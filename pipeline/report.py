@@ -46,6 +46,8 @@ def notes(facts: dict[str, Any]) -> list[str]:
         said.append(f"{copies} test samples are copies of training samples, byte for byte: the test score flatters.")
     if facts["rows"]["train_copies"]:
         said.append(f"{facts['rows']['train_copies']} training samples are copies of others; copies share a fold.")
+    if not facts["snapshot"]["pinned"]:
+        said.append("The snapshot could not be pinned in the store, and a clean-up there may remove it.")
     return said
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from features.store import FeatureStore
+from features.store import FeatureStore, Snapshot
 from pipeline import bundle, dataset, evaluate, heads, report
 from pipeline.dataset import Task
 
@@ -73,7 +73,7 @@ def train(
         "head": name,
         "view": chosen.to_json(),
         "store": store.root.path,
-        "snapshot": {"number": snapshot.number, "digest": snapshot.digest},
+        "snapshot": {"number": snapshot.number, "digest": snapshot.digest, "pinned": _pin(store, snapshot, out)},
         "settings": {"folds": folds, "where": where, "test_where": test_where, "seed": evaluate.SEED},
         "rows": {
             "train": len(split.train),
@@ -85,6 +85,13 @@ def train(
         "scores": {"cross_validation": folded, "test": tested},
         "versions": {library: version(library) for library in LIBRARIES},
     }
-    facts = bundle.save(out, model, facts, report.markdown(facts))
-    store.pin(snapshot, str(out.absolute()))
-    return facts
+    return bundle.save(out, model, facts, report.markdown(facts))
+
+
+def _pin(store: FeatureStore, snapshot: Snapshot, out: Path) -> bool:
+    try:
+        store.pin(snapshot, str(out.absolute()))
+    except OSError:
+        # Whoever may only read a store can train on it all the same.
+        return False
+    return True

@@ -81,7 +81,12 @@ def toy(monkeypatch: pytest.MonkeyPatch) -> Toy:
 
     def load(request: Request, device: str = "auto") -> Backbone:
         toy.loaded += 1
-        spec = {"backbone": request.backbone, "weights": request.weights, "layer": request.layer, "decode": images.POLICY}
+        spec = {
+            "backbone": request.backbone,
+            "weights": request.weights,
+            "layer": request.layer,
+            "decode": images.POLICY,
+        }
         return Backbone(spec, 3, transform, Mean(), torch.device("cpu"))
 
     monkeypatch.setattr(backbones, "load", load)

@@ -1,0 +1,147 @@
+from __future__ import annotations
+
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from conftest import COLOURS, answer, draw
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def test_from_photographs_to_predictions(permafrost: Run, photos: Path, tmp_path: Path) -> None:
+    extract = ("extract", photos, "--store", tmp_path / "store", "--backbone", "tiny", "--json")
+    first = answer(permafrost(*extract))
+    assert (first["listed"], first["opened"], first["embedded"], first["failed"]) == (24, 24, 24, 0)
+    second = answer(permafrost(*extract))
+    assert (second["opened"], second["published"], second["snapshot"]) == (0, False, 1)
+    train = ("train", tmp_path / "store", "--target", "label", "--out", tmp_path / "bundle")
+    facts = answer(permafrost(*train, "--where", "split = 'train'", "--test-where", "split = 'test'", "--json"))
+    assert facts["scores"]["test"]["head"]["accuracy"] == 1.0
+    out = tmp_path / "predictions.parquet"
+    counts = answer(permafrost("predict", tmp_path / "bundle", photos / "test", "--out", out, "--json"))
+    assert counts == {"out": str(out), "samples": 6, "predicted": 6, "failed": 0}
+    rows = pq.read_table(out).to_pylist()
+    assert [row["prediction"] for row in rows] == [row["id"].split("/")[0] for row in rows]
+    info = answer(permafrost("info", tmp_path / "store", "--json"))
+    assert info["views"]["tiny-V1-penultimate"]["samples"] == 24 and info["columns"] == ["label", "split"]
+    assert "tiny-V1-penultimate" in permafrost("info", tmp_path / "store").stdout
+
+
+def test_a_dry_run_writes_nothing(permafrost: Run, photos: Path, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    done = permafrost("extract", photos, "--store", store, "--backbone", "tiny", "--dry-run", "--json")
+    assert answer(done)["to_open"] == 24 and not store.exists()
+
+
+def test_a_run_with_nothing_to_do_never_imports_torch(permafrost: Run, photos: Path, tmp_path: Path) -> None:
+    extract = ("extract", photos, "--store", tmp_path / "store", "--backbone", "tiny", "--json")
+    permafrost(*extract)
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "pipeline.cli", *map(str, extract)], capture_output=True, text=True
+    )
+    assert json.loads(done.stdout)["opened"] == 0
+    loaded = {line.rpartition("|")[2].strip().split(".")[0] for line in done.stderr.splitlines()}
+    assert "pyarrow" in loaded and not loaded & {"torch", "torchvision", "sklearn"}
+
+
+def test_each_mistake_is_one_line_and_leaves_nothing(permafrost: Run, photos: Path, tmp_path: Path) -> None:
+    store, bundle = tmp_path / "store", tmp_path / "bundle"
+    ours = ("--store", store, "--backbone", "tiny")
+    mistakes: list[tuple[int, str, tuple[object, ...]]] = [
+        (2, "is not there", ("extract", tmp_path / "none", *ours)),
+        (2, "did you mean resnet18", ("extract", photos, "--store", store, "--backbone", "resnet19")),
+        (2, "cannot be read", ("extract", photos, *ours, "--weights", "none.pth")),
+        (2, "precision 'fp8' is unknown", ("extract", photos, *ours, "--precision", "fp8")),
+        (2, "--image and --id are for tables", ("extract", photos, *ours, "--image", "file")),
+        (2, "does not fit 24 of 24 paths", ("extract", photos, *ours, "--columns", "{year}/{name}")),
+        (2, "view name", ("extract", photos, *ours, "--view", "../outside")),
+        (5, "is not empty and no feature store", ("extract", photos, "--store", photos, "--backbone", "tiny")),
+        (5, "is not a feature store", ("train", tmp_path / "none", "--target", "label", "--out", bundle)),
+        (5, "is not a bundle", ("predict", tmp_path, photos, "--out", tmp_path / "p.parquet")),
+        (2, "written as Parquet", ("predict", tmp_path, photos, "--out", tmp_path / "p.csv")),
+    ]
+    before = sorted(tmp_path.rglob("*"))
+    for code, told, arguments in mistakes:
+        said = permafrost(*arguments, code=code)
+        assert said.stdout == "" and said.stderr.count("\n") == 1, said.stderr
+        assert said.stderr.startswith("permafrost: ") and told in said.stderr
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_view_of_other_weights_is_refused(permafrost: Run, photos: Path, tmp_path: Path) -> None:
+    extract = ("extract", photos, "--store", tmp_path / "store", "--backbone", "tiny", "--view", "mine")
+    permafrost(*extract)
+    said = permafrost(*extract, "--weights", "untrained", code=5).stderr
+    assert "view 'mine' holds other embeddings: weights is" in said and "--view with a new name" in said
+
+
+def test_vectors_that_are_not_finite_stop_the_run(permafrost: Run, photos: Path, tmp_path: Path) -> None:
+    import torch
+    from torchvision import models
+
+    state = models.squeezenet1_1().state_dict()
+    state["features.0.bias"].fill_(float("nan"))
+    torch.save(state, tmp_path / "sick.pth")
+    sick = ("--backbone", "squeezenet1_1", "--weights", tmp_path / "sick.pth")
+    said = permafrost("extract", photos, "--store", tmp_path / "store", *sick, code=6).stderr
+    assert "24 of 24 vectors with NaN" in said
+    assert not list(tmp_path.glob("store/embeddings/*/*.parquet")) and not (tmp_path / "store/snapshots").exists()
+
+
+@pytest.mark.skipif(os.geteuid() == 0 and not Path("/proc/self").exists(), reason="needs a place no one may write")
+def test_a_place_that_cannot_be_written_is_one_line(permafrost: Run, photos: Path) -> None:
+    said = permafrost("extract", photos, "--store", "/proc/store", "--backbone", "tiny", code=1).stderr
+    assert said.splitlines()[-1].startswith("permafrost: ") and "Traceback" not in said
+
+
+def test_an_interrupted_run_exits_130_and_the_next_goes_on(photos: Path, tmp_path: Path) -> None:
+    for number in range(1500):
+        draw(photos / "train/red" / f"more-{number}.png", (number % 256, number // 256, 0))
+    command = [sys.executable, "-m", "pipeline.cli", "extract", str(photos), "--store", str(tmp_path / "store")]
+    running = subprocess.Popen([*command, "--backbone", "tiny"], stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "store/embeddings").exists():
+        time.sleep(0.05)
+    running.send_signal(signal.SIGINT)
+    _, said = running.communicate(timeout=60)
+    assert running.returncode == 130 and "Traceback" not in said
+    assert not (tmp_path / "store/snapshots").exists()
+
+
+def test_a_terminal_shows_a_bar(photos: Path, tmp_path: Path) -> None:
+    reader, writer = pty.openpty()
+    command = [sys.executable, "-m", "pipeline.cli", "extract", str(photos), "--store", str(tmp_path / "store")]
+    environment = os.environ | {"TERM": "xterm-256color", "COLUMNS": "100"}
+    running = subprocess.Popen([*command, "--backbone", "tiny"], stderr=writer, stdout=subprocess.PIPE, env=environment)
+    os.close(writer)
+    drawn = b""
+    while True:
+        try:
+            drawn += os.read(reader, 65536)
+        except OSError:
+            break
+    assert running.wait() == 0 and b"24/24" in drawn
+
+
+def test_two_views_have_to_be_told_apart(permafrost: Run, photos: Path, tmp_path: Path) -> None:
+    extract = ("extract", photos, "--store", tmp_path / "store", "--backbone", "tiny")
+    permafrost(*extract)
+    permafrost(*extract, "--weights", "untrained", "--limit", 5)
+    train = ("train", tmp_path / "store", "--target", "label", "--out", tmp_path / "bundle", "--folds", 2)
+    assert (
+        "pick one with --view; it has tiny-V1-penultimate, tiny-untrained-penultimate"
+        in permafrost(*train, code=2).stderr
+    )
+    said = permafrost(*train, "--view", "tiny-untrained-penultimate", code=2).stderr
+    assert "too few" in said or "fewer members" in said or "two classes" in said
+    assert "note" not in permafrost(*train, "--view", "tiny-V1-penultimate").stdout
+    assert set(COLOURS) == {"red", "green", "blue"}

@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from conftest import COLOURS, draw
+from features import backbones
+from features.views import UNTRAINED, Request
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, photos: Path) -> Path:
+    """A folder with all that the README's commands speak of."""
+    import torch
+
+    houses = pd.DataFrame(
+        {"house": range(30), "frontal": [f"{n}.png" for n in range(30)], "price": [1e5 + n * 3e3 for n in range(30)]}
+    )
+    houses.to_csv(tmp_path / "houses.csv", index=False)
+    for number in range(30):
+        draw(tmp_path / f"{number}.png", (number * 8, 100, 50))
+    model = backbones.load(Request.parse("mobilenet_v2", UNTRAINED)).model
+    torch.save(model.state_dict(), tmp_path / "mobilenet_v2.pth")
+    return tmp_path
+
+
+def test_every_command_works(workplace: Path, photos: Path) -> None:
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    commands = [line.replace("SOURCE", str(photos)) for block in blocks("bash") for line in block.splitlines()]
+    assert all(command.startswith("permafrost ") for command in commands)
+    for command in commands:
+        done = subprocess.run(
+            command, shell=True, cwd=workplace, env=os.environ | {"PATH": path}, capture_output=True, text=True
+        )
+        assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
+    predictions = pd.read_parquet(workplace / "predictions.parquet")
+    assert (predictions["prediction"] == predictions["id"].str.split("/").str[1]).all()
+    assert set(pd.read_parquet(workplace / "by-path/samples.parquet")["colour"]) == set(COLOURS)
+    for recipe in blocks("python"):
+        program = (
+            f"{recipe}\nassert len(images) == 24 and {{'id', 'label', 'embedding'}} <= set(images.columns), images"
+        )
+        subprocess.run([sys.executable, "-c", program], cwd=workplace, check=True)
+
+
+def test_every_exit_code_of_ours_stands_in_the_table() -> None:
+    from features import errors
+
+    codes = {kind.exit_code for kind in vars(errors).values() if hasattr(kind, "exit_code")}
+    assert codes <= {int(code) for code in re.findall(r"^\| (\d+) \|", README, re.MULTILINE)}
+
+
+def test_every_option_and_command_has_help_text() -> None:
+    import typer
+    from typer.main import get_command
+
+    from pipeline.cli import app
+
+    commands = get_command(app).commands  # type: ignore[attr-defined]
+    assert sorted(commands) == ["backbones", "demo", "extract", "info", "predict", "train"]
+    for name, command in commands.items():
+        assert command.help, name
+        assert not [option.name for option in command.params if not getattr(option, "help", None)], name
+    assert typer
+
+
+def test_the_demo_ends_with_what_the_readme_shows(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "pipeline.cli", "demo"], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    shown = next(block for block in blocks("") if "dummy" in block)
+
+    def without_numbers(text: str) -> str:
+        return re.sub(r"\d\.\d+", "#", re.sub(r" +", " ", text)).strip()
+
+    assert without_numbers(done.stdout) == without_numbers(shown)
+    assert (tmp_path / "permafrost-demo/bundle/report.md").is_file()
