@@ -18,8 +18,8 @@ def describe(store: FeatureStore) -> dict[str, Any]:
     -------
     dict
         ``store``; ``snapshot``, the newest one's number; ``columns``, the sources' own; ``sources``: for each its
-        ``samples``, ``failed`` and when its listing last ``changed``; ``failures`` by reason; ``views``: for each its ``dim``,
-        ``images``, the ``samples`` listed and readable that it covers, ``bytes`` and ``fingerprint``.
+        ``samples``, ``failed`` and when its listing last ``changed``; ``failures`` by reason; ``views``: for each its
+        ``dim``, ``images``, the ``samples`` listed and readable that it covers, ``bytes`` and ``fingerprint``.
     """
     snapshot = store.snapshot()
     table = snapshot.samples
