@@ -30,8 +30,11 @@ from features.views import PENULTIMATE, UNTRAINED, Request
 SEED = 0
 TINY_TRANSFORM = ImageClassification(crop_size=128, resize_size=144)
 
-# Without these, torchvision builds another network than the one its published weights are for.
-_PUBLISHED_AS = {name: {"transform_input": True, "init_weights": False} for name in ("googlenet", "inception_v3")}
+# As torchvision builds them for its published weights, but without the classifiers that only training reads.
+_PUBLISHED_AS = {
+    name: {"transform_input": True, "init_weights": False, "aux_logits": False}
+    for name in ("googlenet", "inception_v3")
+}
 
 
 @dataclass(frozen=True)
@@ -107,7 +110,7 @@ def load(request: Request, device: str = "auto") -> Backbone:
     # Random initialisation must neither depend on the caller's generator nor disturb it.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
-        model, head = build(request.backbone)
+        model, head = build(request.backbone, _member_for(request))
     if request.weights != UNTRAINED:
         weights.fit(model, weights.read(request), head, origin=request.weights)
     spec: dict[str, Any] = {
@@ -120,7 +123,7 @@ def load(request: Request, device: str = "auto") -> Backbone:
         "precision": request.precision,
     }
     if request.layer != PENULTIMATE:
-        model = tap(model, request.layer, channels_last="swin" in request.backbone)
+        model = tap(model, request.layer)
     model = model.eval().requires_grad_(False).to(target)
     height = width = transform.crop_size[0]
     with torch.inference_mode():
@@ -133,8 +136,14 @@ def names() -> list[str]:
     return ["tiny", *models.list_models(module=models)]
 
 
-def build(name: str) -> tuple[nn.Module, str]:
+def build(name: str, member: str | None = None) -> tuple[nn.Module, str]:
     """Build a model, randomly initialised, and take its classifying layer off.
+
+    Parameters
+    ----------
+    name : str
+    member : str, optional
+        Weights that it is built for; by default the model's default ones.
 
     Returns
     -------
@@ -147,18 +156,19 @@ def build(name: str) -> tuple[nn.Module, str]:
         near = difflib.get_close_matches(name, names(), n=3)
         hint = f"; did you mean {', '.join(near)}?" if near else ""
         raise BackboneError(f"backbone {name!r} is unknown{hint} (`permafrost backbones` lists them all)")
-    model = _with_classifier(name)
+    model = _with_classifier(name, member or Request.parse(name).weights)
     head = classifying_layer(model)
     model.set_submodule(head, nn.Identity())
     return model, head
 
 
-def _with_classifier(name: str) -> nn.Module:
-    published = _PUBLISHED_AS.get(name, {})
-    model: nn.Module = (
-        models.mobilenet_v2(width_mult=0.5) if name == "tiny" else models.get_model(name, weights=None, **published)
-    )
-    return model
+def _with_classifier(name: str, member: str) -> nn.Module:
+    if name == "tiny":
+        return models.mobilenet_v2(width_mult=0.5)  # type: ignore[no-any-return]
+    options: dict[str, Any] = dict(_PUBLISHED_AS.get(name, {}))
+    if name.startswith("vit_"):
+        options["image_size"] = weights.member(name, member).meta["min_size"][0]
+    return models.get_model(name, weights=None, **options)  # type: ignore[no-any-return]
 
 
 def classifying_layer(model: nn.Module) -> str:
@@ -171,13 +181,17 @@ def transform_of(request: Request) -> ImageClassification:
     """The transform that belongs to the weights, or to the default weights of the same model."""
     if request.backbone == "tiny":
         return TINY_TRANSFORM
-    member = request.weights
-    if request.is_file or member == UNTRAINED:
-        member = Request.parse(request.backbone).weights
+    member = _member_for(request)
     transform = weights.member(request.backbone, member).transforms()
     if not isinstance(transform, ImageClassification):
         raise BackboneError(f"the transform of {request.backbone} {member} is of an unknown kind: {transform!r}")
     return transform
+
+
+def _member_for(request: Request) -> str:
+    """The weights whose transform and input size hold: those asked for, or the default for a file and a control."""
+    own = request.is_file or request.weights == UNTRAINED
+    return Request.parse(request.backbone).weights if own else request.weights
 
 
 def describe(transform: ImageClassification) -> dict[str, Any]:
@@ -192,28 +206,39 @@ def describe(transform: ImageClassification) -> dict[str, Any]:
     }
 
 
-def tap(model: nn.Module, layer: str, channels_last: bool = False) -> nn.Module:
+def tap(model: nn.Module, layer: str) -> nn.Module:
     """Cut a model after one graph node, averaging what is not yet one vector an image."""
-    nodes = get_graph_node_names(model)[1]
+    steps = [node.split(".") for node in get_graph_node_names(model)[1]]
     # The name of a module stands for the last node in it.
-    if not any(node == layer or node.startswith(f"{layer}.") for node in nodes):
+    nodes = sorted({".".join(parts[:depth]) for parts in steps for depth in range(1, len(parts) + 1)})
+    if layer not in nodes:
         near = difflib.get_close_matches(layer, nodes, n=3) or nodes[-3:]
         raise BackboneError(f"layer {layer!r} is no node of this backbone; the nearest are {', '.join(near)}")
     cut = create_feature_extractor(model, return_nodes={layer: "embedding"}, suppress_diff_warning=True)
-    return _Pooled(cut, channels_last)
+    return _Pooled(cut, layer)
 
 
 class _Pooled(nn.Module):
-    def __init__(self, cut: nn.Module, channels_last: bool) -> None:
+    def __init__(self, cut: nn.Module, layer: str) -> None:
         super().__init__()
         self.cut = cut
-        self.channels_last = channels_last
+        self.layer = layer
 
     def forward(self, batch: Tensor) -> Tensor:
-        embedding: Tensor = self.cut(batch)["embedding"]
-        if embedding.ndim == 4:
-            return embedding.mean((1, 2) if self.channels_last else (2, 3))
-        return embedding.mean(1) if embedding.ndim == 3 else embedding
+        embedding = self.cut(batch)["embedding"]
+        shape = tuple(embedding.shape[1:]) if isinstance(embedding, Tensor) else ()
+        if len(shape) == 1:
+            return embedding  # type: ignore[no-any-return]
+        if len(shape) == 2:
+            return embedding.mean(1)  # type: ignore[no-any-return]
+        # Inputs are square, so of three axes the two alike are height and width.
+        if len(shape) == 3 and shape[1] == shape[2] != shape[0]:
+            return embedding.mean((2, 3))  # type: ignore[no-any-return]
+        if len(shape) == 3 and shape[0] == shape[1] != shape[2]:
+            return embedding.mean((1, 2))  # type: ignore[no-any-return]
+        raise BackboneError(
+            f"layer {self.layer!r} gives neither a vector, tokens nor a map, but {shape or 'no tensor'}"
+        )
 
 
 def pick_device(device: str) -> torch.device:
@@ -222,7 +247,7 @@ def pick_device(device: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         target = torch.device(device)
-        torch.empty(1, device=target)
+        torch.zeros(1, device=target).cpu()
     except (RuntimeError, AssertionError) as error:
         raise BackboneError(f"device {device!r} is not here ({f'{error}'.splitlines()[0]}); use --device cpu") from None
     return target
@@ -253,7 +278,7 @@ def catalogue() -> list[dict[str, Any]]:
 
 def _row(name: str) -> dict[str, Any]:
     with _ParametersOnMeta():
-        model = _with_classifier(name)
+        model = _with_classifier(name, Request.parse(name).weights)
     head = model.get_submodule(classifying_layer(model))
     member = Request.parse(name).weights
     row: dict[str, Any] = {

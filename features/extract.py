@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from features import samples
+from features import runs, samples
 from features.errors import NonFinite
 from features.plan import Plan
 from features.reading import read_all
@@ -47,7 +48,9 @@ class Filled:
     rows : pyarrow.Table
         The source's listing, by `features.samples.SCHEMA`.
     pending : list of str
-        Pending files that are needless once `rows` are published.
+        Pending files that this run wrote.
+    adopted : list of str
+        Pending files of earlier runs that it built on. All are needless once `rows` are published.
     counts : dict of str to int
         Samples ``listed``, ``opened``, ``embedded`` and ``failed``.
     seconds : dict of str to float
@@ -57,6 +60,7 @@ class Filled:
     view: View
     rows: pa.Table
     pending: list[str]
+    adopted: list[str]
     counts: dict[str, int]
     seconds: dict[str, float]
 
@@ -101,23 +105,24 @@ def extract(
     """
     started = time.perf_counter()
     before = store.snapshot()
-    samples.require_same_types(_of_others(before.samples, source.name), source.listing, source.name)
-    filled = fill(source, store, request, view or request.view_name, device, progress)
-    published = store.publish(source.name, filled.rows, source.listed_at, source.whole)
+    gone = samples.replaced(before.samples, source.name, source.listing["id"], source.whole)
+    samples.require_same_types(before.samples.filter(pc.invert(gone)), source.listing, source.name)
+    filled = fill(source, store, request, view or request.view_name, device=device, progress=progress)
+    snapshot, outcome = store.publish(source.name, filled.rows, source.listed_at, source.whole)
     store.refresh_listing()
-    store.drop_pending(filled.pending)
+    runs.drop(store.root, [*filled.pending, *filled.adopted])
     record = {
         "command": "extract",
         "source": source.name,
         "view": filled.view.name,
-        "snapshot": (published or before).number,
-        "published": published is not None,
+        "snapshot": snapshot.number,
+        "outcome": outcome,
         **filled.counts,
         "seconds": {stage: round(spent, 3) for stage, spent in filled.seconds.items()},
         "total_seconds": round(time.perf_counter() - started, 3),
         "versions": {library: version(library) for library in ("permafrost", *LIBRARIES)},
     }
-    store.record_run(record)
+    runs.record(store.root, record)
     return record
 
 
@@ -126,31 +131,44 @@ def fill(
     store: FeatureStore,
     request: Request,
     name: str,
+    *,
+    expected: View | None = None,
     device: str = "auto",
     progress: Progress = lambda done, total: None,
 ) -> Filled:
-    """Embed what a source has and a view has not, and publish nothing; see `extract`."""
-    plan, present, pending = look_ahead(source, store, name)
-    view, backbone = store.view(name), None
+    """Embed what a source has and a view has not, and publish nothing; see `extract`.
+
+    With `expected`, no view is made that has another spec than that one.
+    """
+    plan, present, adopted = look_ahead(source, store, name)
+    view = store.view(name)
     seconds = dict.fromkeys(STAGES, 0.0)
-    if view is None or len(plan.todo) or not request.same_as(view.request):
+
+    @_once
+    def backbone() -> Backbone:
         from features import backbones
 
         begun = time.perf_counter()
-        backbone = backbones.load(request, device)
-        view = store.add_view(View(name, backbone.spec, backbone.dim, request))
+        loaded = backbones.load(request, device)
+        if expected:
+            expected.require(loaded.spec)
+        store.add_view(View(name, loaded.spec, loaded.dim, request))
         seconds["load"] += time.perf_counter() - begun
-    read, embedded = [], 0
-    for facts, sha256, vectors in _parts(plan, backbone, present, seconds, progress) if backbone else ():
+        return loaded
+
+    if view is None or not request.same_as(view.request):
+        view = View(name, backbone().spec, backbone().dim, request)
+    read, pending, embedded = [], [], 0
+    for facts, sha256, vectors in _parts(plan, backbone, present, seconds, progress):
         begun = time.perf_counter()
         embedded += store.add_part(view, sha256, vectors, present, {lib: version(lib) for lib in LIBRARIES})
         read.append(facts)
-        pending.append(store.keep_pending(source.name, facts))
+        pending.append(runs.keep(store.root, source.name, facts))
         seconds["write"] += time.perf_counter() - begun
     rows = plan.rows(source.name, read)
     failed = pc.sum(pc.equal(rows["status"], "failed")).as_py() or 0
     counts = {"listed": len(rows), "opened": len(plan.todo), "embedded": embedded, "failed": failed}
-    return Filled(view, rows, pending, counts, seconds)
+    return Filled(view, rows, pending, adopted, counts, seconds)
 
 
 def preview(source: Source, store: FeatureStore, view: str) -> dict[str, Any]:
@@ -162,22 +180,33 @@ def preview(source: Source, store: FeatureStore, view: str) -> dict[str, Any]:
     return {"source": source.name, "view": view, "listed": len(source.listing), "to_open": len(plan.todo), "gone": gone}
 
 
-def look_ahead(source: Source, store: FeatureStore, view: str) -> tuple[Plan, Present, list[str]]:
+def look_ahead(source: Source, store: FeatureStore, name: str) -> tuple[Plan, Present, list[str]]:
     """Plan a run: what it would open, what the view has, and which pending files it builds on."""
-    present = Present()
-    store.look(view, present)
+    present, view = Present(), store.view(name)
+    if view:
+        store.look(view, present)
     listed = store.snapshot().samples
-    kept, pending = store.pending(source.name)
+    kept, pending = runs.kept(store.root, source.name)
     mine = listed.filter(pc.equal(listed["source"], source.name)).select(kept.column_names)
     return Plan.make(source.listing, pa.concat_tables([kept, mine]), present.sha256), present, pending
 
 
-def _of_others(listed: pa.Table, source: str) -> pa.Table:
-    return listed.filter(pc.not_equal(listed["source"], source))
+def _once(make: Callable[[], Backbone]) -> Callable[[], Backbone]:
+    """Make it when it is first asked for, by whichever thread, and only then."""
+    lock = Lock()
+    made: list[Backbone] = []
+
+    def get() -> Backbone:
+        with lock:
+            if not made:
+                made.append(make())
+        return made[0]
+
+    return get
 
 
 def _parts(
-    plan: Plan, backbone: Backbone, present: Present, seconds: dict[str, float], progress: Progress
+    plan: Plan, backbone: Callable[[], Backbone], present: Present, seconds: dict[str, float], progress: Progress
 ) -> Iterator[tuple[pa.Table, list[str], NDArray[np.float32]]]:
     """Read and embed what is to do, a part at a time: facts, and the vectors by SHA-256."""
     for start in range(0, len(plan.todo), PART):
@@ -185,17 +214,17 @@ def _parts(
         facts: list[dict[str, Any]] = []
         waiting: dict[str, Any] = {}
         vectors: dict[str, NDArray[np.float32]] = {}
-        for reading in read_all(some["uri"].to_pylist(), backbone.transform, present.sha256):
+        for reading in read_all(some["uri"].to_pylist(), lambda: backbone().transform, present.sha256):
             for stage, spent in reading.seconds.items():
                 seconds[stage] += spent
             facts.append(reading.facts)
             if reading.pixels is not None and reading.facts["sha256"] not in vectors:
                 waiting[reading.facts["sha256"]] = reading.pixels
             if len(waiting) == BATCH or (waiting and len(facts) == len(some)):
-                vectors |= _embed(backbone, waiting, seconds)
+                vectors |= _embed(backbone(), waiting, seconds)
                 waiting = {}
             progress(start + len(facts), len(plan.todo))
-        stacked = np.stack(list(vectors.values())) if vectors else np.empty((0, backbone.dim), np.float32)
+        stacked = np.stack(list(vectors.values())) if vectors else np.empty((0, 0), np.float32)
         yield samples.read_rows(some, facts), list(vectors), stacked
 
 

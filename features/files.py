@@ -6,11 +6,13 @@ shows an object only when it is complete, and creates it conditionally.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import uuid
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +116,8 @@ class Root:
         except FileExistsError:
             return False
         except OSError as error:
+            if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS):
+                raise
             raise StoreError(
                 f"{self.path} lies on a filesystem without hard links ({error.strerror}); put the store elsewhere"
             ) from None
@@ -158,3 +162,18 @@ def _flush(directory: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def encode_json(value: Any) -> bytes:
+    """JSON as the store's files have it."""
+    return (json.dumps(value, indent=1, sort_keys=True) + "\n").encode()
+
+
+def now() -> datetime:
+    """The time now, in UTC."""
+    return datetime.now(UTC)
+
+
+def stamp() -> str:
+    """The time now as file names have it; sorts by time."""
+    return now().strftime("%Y%m%dT%H%M%S%fZ")

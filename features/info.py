@@ -29,7 +29,7 @@ def describe(store: FeatureStore) -> dict[str, Any]:
     views = {}
     for name, view in store.views().items():
         present = Present()
-        store.look(name, present)
+        store.look(view, present)
         covered = pc.is_in(readable["sha256"], value_set=pa.array(sorted(present.sha256), pa.string()))
         views[name] = {
             "dim": view.dim,

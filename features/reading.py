@@ -20,6 +20,8 @@ THREADS = os.cpu_count() or 1
 AHEAD = 128
 """How many results may wait to be taken; bounds memory."""
 
+Transform = Callable[[], Callable[[Image], Any]]
+
 
 @dataclass(frozen=True)
 class Reading:
@@ -40,14 +42,14 @@ class Reading:
     seconds: dict[str, float]
 
 
-def read_all(uris: list[str], transform: Callable[[Image], Any], present: set[str]) -> Iterator[Reading]:
+def read_all(uris: list[str], transform: Transform, present: set[str]) -> Iterator[Reading]:
     """Read samples in threads.
 
     Parameters
     ----------
     uris : list of str
     transform : callable
-        From an RGB image to what the backbone reads.
+        Gives the backbone's transform; asked only where an image needs pixels, so that the model can wait till then.
     present : set of str
         SHA-256 of the images that need no pixels; may grow while this runs.
 
@@ -69,18 +71,23 @@ def read_all(uris: list[str], transform: Callable[[Image], Any], present: set[st
         pool.shutdown(cancel_futures=True)
 
 
-def _read(uri: str, transform: Callable[[Image], Any], present: set[str]) -> Reading:
+def _read(uri: str, transform: Transform, present: set[str]) -> Reading:
     facts: dict[str, Any] = dict.fromkeys(samples.READ) | {"status": "ok"}
-    pixels = None
-    begun = opened = time.perf_counter()
+    seconds, pixels = {"read": 0.0, "decode": 0.0}, None
     try:
+        begun = time.perf_counter()
         data = sources.read(uri)
         facts |= {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
-        opened = time.perf_counter()
+        seconds["read"] = time.perf_counter() - begun
+        to_pixels = None if facts["sha256"] in present else transform()
+        begun = time.perf_counter()
         image = images.decode(data)
         facts |= {"width": image.width, "height": image.height, "format": image.format}
-        if facts["sha256"] not in present:
-            pixels = transform(image)
+        if to_pixels:
+            pixels = to_pixels(image)
+        seconds["decode"] = time.perf_counter() - begun
     except ImageError as error:
         facts |= {"status": "failed", "error": str(error)}
-    return Reading(facts, pixels, {"read": opened - begun, "decode": time.perf_counter() - opened})
+    except MemoryError:
+        facts |= {"status": "failed", "error": "out_of_memory: transforming it needs more memory than there was"}
+    return Reading(facts, pixels, seconds)

@@ -30,6 +30,10 @@ READING = pa.schema([SCHEMA.field(name) for name in ("id", "version", *READ)])
 """What was read, and of which version of which sample."""
 
 
+RESERVED = frozenset({*SCHEMA.names, "embedding", "prediction"})
+"""Names that no source's own column may have, in capitals or not: SQL tells columns apart without."""
+
+
 def own_columns(table: pa.Table) -> list[str]:
     """Names of the columns that come from the sources themselves."""
     return [name for name in table.column_names if name not in SCHEMA.names]
@@ -49,57 +53,87 @@ def read_rows(listing: pa.Table, facts: list[dict[str, Any]]) -> pa.Table:
     return pa.Table.from_pylist(rows, schema=READING)
 
 
-def merge(old: pa.Table, new: pa.Table, replaced: pa.BooleanArray | pa.ChunkedArray) -> pa.Table:
+def normalised(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """A source's column in the type that the listing keeps it in.
+
+    One type for text, one for integers, one for fractions, and only types that Parquet gives back as they are, so
+    that it does not depend on who wrote a table whether two listings are alike. NaN becomes null.
+    """
+    kind = column.type
+    if pa.types.is_dictionary(kind):
+        return normalised(column.cast(kind.value_type))
+    if any(check(kind) for check in (pa.types.is_null, pa.types.is_large_string, pa.types.is_string_view)):
+        return column.cast(pa.string())
+    if pa.types.is_integer(kind) and kind != pa.uint64():
+        return column.cast(pa.int64())
+    if pa.types.is_decimal(kind) or pa.types.is_floating(kind):
+        column = column.cast(pa.float64())
+        return pc.if_else(pc.is_nan(column), pa.scalar(None, pa.float64()), column)
+    if pa.types.is_timestamp(kind) and kind.unit in ("s", "ms"):
+        return column.cast(pa.timestamp("us", kind.tz))
+    return column.cast(pa.time32("ms")) if kind == pa.time32("s") else column
+
+
+def replaced(listed: pa.Table, source: str, ids: pa.ChunkedArray, whole: bool) -> pa.ChunkedArray:
+    """Which rows of a listing go when a source is listed anew: all of its rows, or if not `whole` those of `ids`."""
+    mine = pc.equal(listed["source"], source)
+    return mine if whole else pc.and_(mine, pc.is_in(listed["id"], value_set=ids.combine_chunks()))
+
+
+def merge(old: pa.Table, new: pa.Table, gone: pa.ChunkedArray) -> pa.Table:
     """Put new rows in the place of old ones.
 
     Parameters
     ----------
     old, new : pyarrow.Table
         Listings, with columns of their sources' own.
-    replaced : pyarrow.BooleanArray
-        Which rows of `old` go.
+    gone : pyarrow.ChunkedArray
+        Booleans: which rows of `old` go.
 
     Returns
     -------
     pyarrow.Table
-        Sorted by source and id; a column that only one side has is null on the other.
+        Sorted by source and id; a column that only one side has is null on the other, and one without a single value
+        is no column.
 
     Raises
     ------
     SourceError
         If a column has another type on either side.
     """
-    kept = old.filter(pc.invert(replaced))
-    kept = kept.drop_columns(_without_a_value(kept))
+    kept = _with_values(old.filter(pc.invert(gone)))
+    for name in own_columns(new):
+        new = new.set_column(new.column_names.index(name), name, normalised(new[name]))
+    new = _with_values(new)
     if len(new):
         require_same_types(kept, new, new["source"][0].as_py())
-    new = new.drop_columns([name for name in _without_a_value(new) if name in kept.column_names])
-    merged = pa.concat_tables([kept, new], promote_options="default")
+    merged = pa.concat_tables([kept, new], promote_options="permissive")
     columns = SCHEMA.names + sorted(own_columns(merged))
     return merged.select(columns).sort_by([("source", "ascending"), ("id", "ascending")]).combine_chunks()
 
 
-def _without_a_value(table: pa.Table) -> list[str]:
-    return [name for name in own_columns(table) if table[name].null_count == len(table)]
+def _with_values(table: pa.Table) -> pa.Table:
+    return table.drop_columns([name for name in own_columns(table) if table[name].null_count == len(table)])
 
 
 def require_same_types(old: pa.Table, new: pa.Table, source: str) -> None:
-    """Check that a column of one name has one type in the store and in a source.
-
-    Columns without a single value fit any type.
+    """Check that a column of one name has one type in the store and in a source; integers and fractions go together.
 
     Raises
     ------
     SourceError
         Naming the column and both sides.
     """
-    for name in set(own_columns(new)) & set(own_columns(old)):
-        ours, theirs = new[name], old[name]
-        if ours.type == theirs.type or ours.null_count == len(ours):
+    theirs = {name.lower(): name for name in own_columns(_with_values(old))}
+    for name in own_columns(_with_values(new)):
+        other = theirs.get(name.lower())
+        if other is None:
             continue
-        other = old.filter(theirs.is_valid())
-        if len(other):
-            raise SourceError(
-                f"column {name!r} is {ours.type} in source {source}, "
-                f"but {theirs.type} in source {other['source'][0]}; rename or convert one of them"
-            )
+        ours = normalised(new[name].slice(0, 0)).type
+        kinds = {ours, old[other].type}
+        if name == other and (len(kinds) == 1 or kinds == {pa.int64(), pa.float64()}):
+            continue
+        raise SourceError(
+            f"column {name!r} is {ours} in source {source}, but {'' if other == name else f'{other!r} is '}"
+            f"{old[other].type} in source {old.filter(old[other].is_valid())['source'][0]}; rename or convert one"
+        )

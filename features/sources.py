@@ -9,15 +9,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from urllib.parse import unquote_to_bytes
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
 
 from features.errors import ImageError, SourceError
 from features.images import EXTENSIONS
-from features.samples import SCHEMA
+from features.samples import RESERVED
 
 SPLITS = ("train", "val", "valid", "validation", "test")
 IMAGE_COLUMNS = ("image", "file", "path", "filename", "filepath", "file_name", "image_path")
@@ -77,7 +77,7 @@ def list_source(
         If there is nothing to list, or the table or the template does not fit.
     """
     listed_at = datetime.now(UTC).isoformat()
-    path = Path(location).expanduser().absolute()
+    path = Path(os.path.normpath(Path(location).expanduser().absolute()))
     if "://" in location:
         raise SourceError(f"source {location} is a URL; only local folders and tables can be read")
     if path.is_dir():
@@ -105,12 +105,13 @@ def read(uri: str) -> bytes:
     ImageError
         With ``missing`` or ``unreadable``.
     """
+    path = os.fsdecode(unquote_to_bytes(uri.removeprefix("file://"))) if uri.startswith("file://") else uri
     try:
         # Opening a pipe or a device could wait for ever.
-        if not stat.S_ISREG(os.stat(uri).st_mode):
+        if not stat.S_ISREG(os.stat(path).st_mode):
             raise ImageError("unreadable", "not a regular file")
-        return Path(uri).read_bytes()
-    except FileNotFoundError:
+        return Path(path).read_bytes()
+    except (FileNotFoundError, ValueError):
         raise ImageError("missing", "no such file") from None
     except OSError as error:
         raise ImageError("unreadable", error.strerror or type(error).__name__) from None
@@ -119,7 +120,7 @@ def read(uri: str) -> bytes:
 def _version(entry: os.DirEntry[str] | Path) -> str | None:
     try:
         status = entry.stat()
-    except OSError:
+    except (OSError, ValueError):
         return None
     return f"{status.st_size}-{status.st_mtime_ns}"
 
@@ -134,7 +135,7 @@ def _list_folder(folder: Path, template: str | None) -> pa.Table:
     ids = [_text(name) for name, _ in found]
     listed = {
         "id": ids,
-        "uri": [_text(entry.path) for _, entry in found],
+        "uri": [_uri(entry.path) for _, entry in found],
         "version": pa.array([_version(entry) for _, entry in found], pa.string()),
     }
     own = _by_template(ids, template) if template else _by_folders(ids)
@@ -142,30 +143,47 @@ def _list_folder(folder: Path, template: str | None) -> pa.Table:
 
 
 def _walk(folder: Path) -> Iterator[os.DirEntry[str]]:
-    """Image files by extension, in all folders below; hidden names are passed over, links followed once."""
-    seen, waiting = set(), [str(folder)]
-    while waiting:
-        directory = waiting.pop()
-        status = os.stat(directory)
+    """Image files by extension, in all folders below; hidden names are passed over.
+
+    Folders that links lead to come last, so that a folder is listed under its own name, and each is listed once.
+    """
+    seen: set[tuple[int, int]] = set()
+    folders: list[str] = [str(folder)]
+    links: list[str] = []
+    while folders or links:
+        directory = folders.pop() if folders else links.pop()
+        try:
+            status = os.stat(directory)
+            entries = sorted(os.scandir(directory), key=lambda entry: entry.name, reverse=True)
+        except OSError as error:
+            raise SourceError(f"folder {directory} cannot be listed: {error.strerror}") from None
         if (status.st_dev, status.st_ino) in seen:
             continue
         seen.add((status.st_dev, status.st_ino))
-        try:
-            entries = list(os.scandir(directory))
-        except OSError as error:
-            raise SourceError(f"folder {directory} cannot be listed: {error.strerror}") from None
         for entry in entries:
             if entry.name.startswith("."):
                 continue
-            if entry.is_dir():
-                waiting.append(entry.path)
+            if _is_folder(entry):
+                (links if entry.is_symlink() else folders).append(entry.path)
             elif os.path.splitext(entry.name)[1].lower() in EXTENSIONS:
                 yield entry
 
 
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # A link to itself; as a file it becomes a row.
+        return False
+
+
 def _text(name: str) -> str:
-    """A file name as Unicode; what is not UTF-8 in it is written out as escapes."""
-    return os.fsencode(name).decode("utf-8", "backslashreplace").replace(os.sep, "/")
+    """A file name as Unicode; each byte in it that is not UTF-8 becomes U+FFFD and its hexadecimal digits."""
+    return re.sub("[\udc80-\udcff]", lambda byte: f"\N{REPLACEMENT CHARACTER}{ord(byte[0]) - 0xDC00:02x}", name)
+
+
+def _uri(path: str) -> str:
+    """A path as it is, or, where it is not Unicode, as a file URL."""
+    return path if _text(path) == path else Path(path).as_uri()
 
 
 def _by_folders(ids: list[str]) -> dict[str, list[str | None]]:
@@ -182,11 +200,11 @@ def _by_folders(ids: list[str]) -> dict[str, list[str | None]]:
 
 
 def _by_template(ids: list[str], template: str) -> dict[str, list[str | None]]:
-    fields = re.findall(r"\{(\w+)\}", template)
-    literal = re.split(r"\{\w+\}", template)
+    fields = re.findall(r"\{([A-Za-z_]\w*)\}", template)
+    literal = re.split(r"\{[A-Za-z_]\w*\}", template)
     if not fields or len(set(fields)) < len(fields) or any(mark in text for text in literal for mark in "{}"):
         raise SourceError(f"template {template!r} must name different columns, as in '{{year}}/{{site}}/{{name}}'")
-    _require_no_clash(fields, f"template {template!r}")
+    _require_no_clash(fields, f"template {template!r}", "use another name")
     pattern = re.escape(literal[0])
     for key, text in zip(fields, literal[1:], strict=True):
         pattern += f"(?P<{key}>[^/]+?){re.escape(text)}"
@@ -211,22 +229,22 @@ def _list_table(path: Path, image: str | None, id_column: str | None) -> pa.Tabl
     table = _read_table(path, {image, id_column or image})
     if not len(table):
         raise SourceError(f"table {path} has no rows")
-    own = [name for name in table.column_names if name != image and not (name == "id" == id_column)]
-    _require_no_clash(own, f"table {path}")
+    own = [name for name in table.column_names if name != image and not (name == id_column and name.lower() == "id")]
+    _require_no_clash(own, f"table {path}", "rename it, or pass --id id to use an 'id' as such")
     images = table[image].to_pylist()
     ids = table[id_column or image].to_pylist()
     _require_unique(ids, path)
     urls = [value for value in images if value and "://" in value]
     if urls:
         raise SourceError(f"column {image!r} of {path} holds URLs such as {urls[0]}; only local paths can be read")
-    uris = [str(path.parent / value) if value else "" for value in images]
+    uris = [os.path.join(path.parent, value) if value else "" for value in images]
     return pa.table(
         {
             "id": ids,
             "uri": uris,
             "version": pa.array([_version(Path(uri)) if uri else None for uri in uris], pa.string()),
         }
-        | {name: _without_null_type(table[name]) for name in own}
+        | {name: table[name] for name in own}
     )
 
 
@@ -237,8 +255,8 @@ def _header(path: Path) -> list[str]:
                 names: list[str] = reader.schema.names
         else:
             names = pq.read_schema(path).names
-    except (pa.ArrowInvalid, OSError) as error:
-        raise SourceError(f"table {path} cannot be read: {error}") from None
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise _unreadable(path, error) from None
     doubled = [name for name in names if names.count(name) > 1]
     if doubled:
         raise SourceError(f"table {path} has two columns {doubled[0]!r}; rename one of them")
@@ -251,12 +269,20 @@ def _read_table(path: Path, as_text: set[str]) -> pa.Table:
     try:
         if path.suffix.lower() == ".csv":
             options = pyarrow.csv.ConvertOptions(column_types=text, strings_can_be_null=True)
-            return pyarrow.csv.read_csv(path, convert_options=options)
+            table = pyarrow.csv.read_csv(path, convert_options=options)
+            if pa.binary() in table.schema.types:
+                raise SourceError(f"table {path} is not UTF-8; save it as such")
+            return table
         table = pq.read_table(path, partitioning=None).replace_schema_metadata(None)
         fields = [pa.field(field.name, text.get(field.name, field.type)) for field in table.schema]
         return table.cast(pa.schema(fields))
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
-        raise SourceError(f"table {path} cannot be read: {error}") from None
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise _unreadable(path, error) from None
+
+
+def _unreadable(path: Path, error: Exception) -> SourceError:
+    told = "it is not UTF-8; save it as such" if "utf" in str(error).lower() else " ".join(str(error).split())
+    return SourceError(f"table {path} cannot be read: {told}")
 
 
 def _only_image_column(path: Path, header: list[str]) -> str:
@@ -266,13 +292,16 @@ def _only_image_column(path: Path, header: list[str]) -> str:
     return known[0]
 
 
-def _require_no_clash(own: list[str], where: str) -> None:
-    clash = [name for name in own if name in SCHEMA.names]
+def _require_no_clash(own: list[str], where: str, remedy: str) -> None:
+    clash = [name for name in own if name.lower() in RESERVED or name.lower().startswith("permafrost")]
     if clash:
         raise SourceError(
-            f"column {clash[0]!r} of {where} clashes with the listing's own {clash[0]!r}"
-            f"{'; pass --id id to use it as such' if clash[0] == 'id' else '; rename it'}"
+            f"column {clash[0]!r} of {where} clashes with the listing's own {clash[0].lower()!r}; {remedy}"
         )
+    folded = [name.lower() for name in own]
+    doubled = [name for name in own if folded.count(name.lower()) > 1]
+    if doubled:
+        raise SourceError(f"columns {doubled[0]!r} and {doubled[1]!r} of {where} differ only in capitals; rename one")
 
 
 def _require_unique(ids: list[str | None], path: Path) -> None:
@@ -285,7 +314,3 @@ def _require_unique(ids: list[str | None], path: Path) -> None:
                 f"id {key!r} stands in rows {first[key]} and {row} of {path}; pass --id with a column without doubles"
             )
         first[key] = row
-
-
-def _without_null_type(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    return pc.cast(column, pa.string()) if pa.types.is_null(column.type) else column

@@ -8,26 +8,24 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
-import secrets
-from collections.abc import Iterable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
-from typing import Any
+from typing import BinaryIO, Literal
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from features import samples
 from features.errors import StoreError
-from features.files import Root
+from features.files import Root, encode_json, now, stamp
 from features.parquet import decode_part, encode, encode_part, meta_of
 from features.views import View
 
 ALL = "0/1"
+Outcome = Literal["published", "unchanged", "superseded"]
 FORMAT = 1
 """Of everything under a store's root. Raise it when an older reader would misread or miss a row; keep reading the
 older ones, and keep a store of each in the tests."""
@@ -106,8 +104,9 @@ class FeatureStore:
         store = cls(Root.of(url))
         if cls.is_store(url):
             return cls.open(url)
-        others = [name for name in store.root.names("") if name != "tmp"]
-        if others:
+        others = [name for name in store.root.names("") if name not in ("tmp", "lost+found") and name[0] != "."]
+        # Looked at again, since another first run may have made the store in the meantime.
+        if others and not cls.is_store(url):
             raise StoreError(f"{url} is not empty and no feature store (it holds {others[0]}); use a new directory")
         return store
 
@@ -122,14 +121,17 @@ class FeatureStore:
             content = self.root.read(_snapshot_file(number))
         except FileNotFoundError:
             raise StoreError(f"{self.root.path} has no snapshot {number}") from None
-        table = pq.read_table(io.BytesIO(content))
-        meta = meta_of(table.schema)
+        try:
+            table = pq.read_table(io.BytesIO(content), page_checksum_verification=True)
+            meta = meta_of(table.schema)
+        except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
+            raise StoreError(f"snapshot {number} of {self.root.path} is damaged ({error}); restore its file") from None
         if meta["format"] > FORMAT:
             raise StoreError(f"snapshot {number} has format {meta['format']}, this permafrost reads up to {FORMAT}")
         digest = hashlib.sha256(content).hexdigest()
         return Snapshot(number, digest, table.replace_schema_metadata(None), meta["listed"])
 
-    def publish(self, source: str, rows: pa.Table, listed_at: str, whole: bool = True) -> Snapshot | None:
+    def publish(self, source: str, rows: pa.Table, listed_at: str, whole: bool = True) -> tuple[Snapshot, Outcome]:
         """Make rows the listing of a source, as the next snapshot.
 
         Of several runs that publish at once, each merges its rows into what the others published before it.
@@ -146,24 +148,25 @@ class FeatureStore:
 
         Returns
         -------
-        Snapshot or None
-            None if that changes nothing.
+        snapshot : Snapshot
+            The one published, or the newest.
+        outcome : str
+            ``published``, ``unchanged``, or ``superseded`` by a newer listing of the same source.
         """
         while True:
             base = self.snapshot()
-            if base.listed.get(source, {}).get(ALL, "") > listed_at:
-                return None
-            replaced = pc.equal(base.samples["source"], source)
-            if not whole:
-                replaced = pc.and_(replaced, pc.is_in(base.samples["id"], rows["id"].combine_chunks()))
-            merged = samples.merge(base.samples, rows, replaced)
+            # A time to come is a clock's mistake; heeding it would freeze the listing until then.
+            if listed_at < base.listed.get(source, {}).get(ALL, "") <= now().isoformat():
+                return base, "superseded"
+            gone = samples.replaced(base.samples, source, rows["id"], whole)
+            merged = samples.merge(base.samples, rows, gone)
             if merged.equals(base.samples):
-                return None
+                return base, "unchanged"
             number, listed = base.number + 1, base.listed | ({source: {ALL: listed_at}} if whole else {})
-            meta = {"format": FORMAT, "number": number, "created": _now().isoformat(), "listed": listed}
+            meta = {"format": FORMAT, "number": number, "created": now().isoformat(), "listed": listed}
             content = encode(merged, meta)
             if self.root.create(_snapshot_file(number), content):
-                return Snapshot(number, hashlib.sha256(content).hexdigest(), merged, listed)
+                return Snapshot(number, hashlib.sha256(content).hexdigest(), merged, listed), "published"
 
     def refresh_listing(self) -> None:
         """Make `samples.parquet`, which plain tools read, a copy of the newest snapshot."""
@@ -173,18 +176,20 @@ class FeatureStore:
     def pin(self, snapshot: Snapshot, owner: str) -> None:
         """Mark a snapshot as the training set of a bundle, so that it is kept."""
         name = f"snapshots/{snapshot.number:06d}.pin"
-        self.root.create(name, _json({"digest": snapshot.digest, "owner": owner, "at": _now().isoformat()}))
+        self.root.create(name, encode_json({"digest": snapshot.digest, "owner": owner, "at": now().isoformat()}))
 
     def _newest(self) -> int:
         names = [name for name in self.root.names("snapshots") if name.endswith(".parquet")]
         return max((int(name.removesuffix(".parquet")) for name in names), default=0)
 
     def _listing_number(self) -> int:
-        if not self.root.fs.exists(self.root.at("samples.parquet")):
+        # Plain tools may have overwritten or damaged this one file; then it is made anew.
+        try:
+            with self.root.fs.open(self.root.at("samples.parquet"), "rb") as file:
+                number: int = meta_of(pq.read_schema(file))["number"]
+                return number
+        except (OSError, pa.ArrowException, KeyError, TypeError, ValueError):
             return 0
-        with self.root.fs.open(self.root.at("samples.parquet"), "rb") as file:
-            number: int = meta_of(pq.read_schema(file))["number"]
-            return number
 
     # Views and their parts
 
@@ -201,10 +206,7 @@ class FeatureStore:
         described = self.root.read_json(f"embeddings/{name}/_view.json")
         if described["format"] > FORMAT:
             raise StoreError(f"view {name!r} has format {described['format']}, this permafrost reads up to {FORMAT}")
-        view = View.from_json(described)
-        if view.fingerprint != described["fingerprint"]:
-            raise StoreError(f"view {name!r} is damaged: its spec is not what its fingerprint stands for")
-        return view
+        return View.from_json(described)
 
     def add_view(self, view: View) -> View:
         """Create a view, or return the one of that name.
@@ -214,9 +216,9 @@ class FeatureStore:
         ViewMismatch
             If the name belongs to a view of another spec.
         """
-        self.root.create("store.json", _json({"format": FORMAT}))
+        self.root.create("store.json", encode_json({"format": FORMAT}))
         described = view.to_json() | {"format": FORMAT}
-        if self.root.create(f"embeddings/{view.name}/_view.json", _json(described)):
+        if self.root.create(f"embeddings/{view.name}/_view.json", encode_json(described)):
             return view
         there = self.view(view.name)
         if there is None:
@@ -224,11 +226,11 @@ class FeatureStore:
         there.require(view.spec)
         return there
 
-    def look(self, view: str, present: Present) -> None:
+    def look(self, view: View, present: Present) -> None:
         """Bring `present` up to date with the parts of a view; only new parts are read."""
         for name in self._parts(view):
             if name not in present.parts:
-                with self.root.fs.open(self.root.at(f"embeddings/{view}/{name}"), "rb") as file:
+                with self._open_part(view, name) as file:
                     present.sha256.update(pq.read_table(file, columns=["sha256"])["sha256"].to_pylist())
                 present.parts.add(name)
 
@@ -259,7 +261,7 @@ class FeatureStore:
         int
             How many rows were written.
         """
-        self.look(view.name, present)
+        self.look(view, present)
         new = [row for row, key in enumerate(sha256) if key not in present.sha256]
         if not new:
             return 0
@@ -290,8 +292,8 @@ class FeatureStore:
         """
         keys: dict[str, int] = {}
         rows: list[NDArray[np.float32]] = []
-        for name in self._parts(view.name):
-            with self.root.fs.open(self.root.at(f"embeddings/{view.name}/{name}"), "rb") as file:
+        for name in self._parts(view):
+            with self._open_part(view, name) as file:
                 part_keys, matrix = decode_part(file)
             new = [row for row, key in enumerate(part_keys) if key not in keys and (wanted is None or key in wanted)]
             keys.update(zip((part_keys[row] for row in new), range(len(keys), len(keys) + len(new)), strict=True))
@@ -299,49 +301,24 @@ class FeatureStore:
         stacked = np.concatenate(rows) if rows else np.empty((0, view.dim), np.float32)
         return np.array(list(keys), dtype=object), stacked
 
-    def _parts(self, view: str) -> list[str]:
-        return [name for name in self.root.names(f"embeddings/{view}") if name.endswith(".parquet")]
+    def _parts(self, view: View) -> list[str]:
+        return [name for name in self.root.names(f"embeddings/{view.name}") if name.endswith(".parquet")]
 
-    # What runs leave behind
-
-    def keep_pending(self, source: str, rows: pa.Table) -> str:
-        """Keep what a run has read so far, for the next run should this one die; returns the file's name."""
-        name = f"pending/{_source_key(source)}-{stamp()}-{secrets.token_hex(4)}.parquet"
-        self.root.create(name, encode(rows, {"format": FORMAT, "source": source}))
-        return name
-
-    def pending(self, source: str) -> tuple[pa.Table, list[str]]:
-        """What runs over a source have read and not published, and the files that say so."""
-        names = [f"pending/{name}" for name in self.root.names("pending") if name.startswith(_source_key(source))]
-        tables = [pq.read_table(io.BytesIO(self.root.read(name))) for name in names]
-        return pa.concat_tables([samples.READING.empty_table(), *tables]), names
-
-    def drop_pending(self, names: Iterable[str]) -> None:
-        """Delete pending files that a snapshot has made needless."""
-        for name in names:
-            self.root.remove(name)
-
-    def record_run(self, record: dict[str, Any]) -> None:
-        """Keep what a run did."""
-        self.root.create(f"runs/{stamp()}-{secrets.token_hex(4)}.json", _json(record))
-
-
-def stamp() -> str:
-    """The time now (UTC) as file names have it; sorts by time."""
-    return _now().strftime("%Y%m%dT%H%M%S%fZ")
-
-
-def _now() -> datetime:
-    return datetime.now(UTC)
-
-
-def _json(value: Any) -> bytes:
-    return (json.dumps(value, indent=1, sort_keys=True) + "\n").encode()
+    @contextmanager
+    def _open_part(self, view: View, name: str) -> Iterator[BinaryIO]:
+        where = f"part {name} of view {view.name!r}"
+        try:
+            with self.root.fs.open(self.root.at(f"embeddings/{view.name}/{name}"), "rb") as file:
+                meta = meta_of(pq.read_schema(file))
+                if meta["format"] > FORMAT:
+                    raise StoreError(f"{where} has format {meta['format']}, this permafrost reads up to {FORMAT}")
+                if meta["fingerprint"] != view.fingerprint:
+                    raise StoreError(f"{where} holds embeddings of another view; remove it")
+                file.seek(0)
+                yield file
+        except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
+            raise StoreError(f"{where} is damaged ({error}); remove it, and the next run makes it anew") from None
 
 
 def _snapshot_file(number: int) -> str:
     return f"snapshots/{number:06d}.parquet"
-
-
-def _source_key(source: str) -> str:
-    return hashlib.sha256(source.encode()).hexdigest()[:16]

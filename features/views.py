@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -87,15 +87,10 @@ class Request:
     def same_as(self, other: Request) -> bool:
         """Whether both ask for the same weights, layer and precision, wherever the weight file lies."""
 
-        def key(request: Request) -> tuple[str, ...]:
-            return (
-                request.backbone,
-                request.weights_sha256 or request.weights,
-                request.layer,
-                request.precision,
-            )
+        def without_place(request: Request) -> Request:
+            return replace(request, weights="") if request.is_file else request
 
-        return key(self) == key(other)
+        return without_place(self) == without_place(other)
 
 
 @dataclass(frozen=True)
@@ -157,8 +152,20 @@ class View:
 
     @classmethod
     def from_json(cls, described: dict[str, Any]) -> View:
-        """The view that `to_json` described."""
-        return cls(described["name"], described["spec"], described["dim"], Request(**described["request"]))
+        """The view that `to_json` described.
+
+        Raises
+        ------
+        ViewMismatch
+            If the description is damaged, or of a version of permafrost that knows more.
+        """
+        try:
+            view = cls(described["name"], described["spec"], described["dim"], Request(**described["request"]))
+            if view.fingerprint == described["fingerprint"]:
+                return view
+        except (KeyError, TypeError) as error:
+            raise ViewMismatch(f"a view is described in a way that this permafrost cannot read ({error})") from None
+        raise ViewMismatch(f"view {view.name!r} is damaged: its spec is not what its fingerprint stands for")
 
 
 def fingerprint(spec: dict[str, Any]) -> str:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections import OrderedDict
 from pathlib import Path
-from urllib.error import URLError
 
 import torch
 from safetensors.torch import load_file
@@ -14,6 +14,9 @@ from torchvision import models
 
 from features.errors import BackboneError
 from features.views import TINY_WEIGHTS, Request
+
+AUXILIARY = ("aux1.", "aux2.", "AuxLogits.")
+"""Classifiers halfway through googlenet and inception_v3, of use in training only."""
 
 
 def member(name: str, wanted: str) -> models.Weights:
@@ -39,9 +42,12 @@ def read(request: Request) -> dict[str, Tensor]:
             raise BackboneError(f"tiny has no weights {request.weights!r}; use V1, a file, or untrained")
         return read_file(TINY_WEIGHTS)
     weights = member(request.backbone, request.weights)
+    if hub_file(weights).is_file():
+        return read_file(hub_file(weights))
     try:
-        return dict(weights.get_state_dict(progress=False, check_hash=True))
-    except (URLError, OSError, RuntimeError) as error:
+        state: dict[str, Tensor] = weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
+        return state
+    except (OSError, RuntimeError) as error:
         raise BackboneError(
             f"weights {request.weights} of {request.backbone} cannot be fetched ({error}); pass --weights FILE, "
             f"put the file at {hub_file(weights)}, or use --backbone tiny"
@@ -50,6 +56,8 @@ def read(request: Request) -> dict[str, Tensor]:
 
 def read_file(path: Path) -> dict[str, Tensor]:
     """Read a state dict from a ``.safetensors`` file or one written by `torch.save`."""
+    if not path.is_file():
+        raise BackboneError(f"weight file {path} is not there; say where it is with --weights")
     try:
         if path.suffix == ".safetensors":
             state = load_file(path)
@@ -82,13 +90,18 @@ def fit(model: nn.Module, state: dict[str, Tensor], head: str, origin: str) -> N
     BackboneError
         Naming the tensors that are missing, unknown or of another shape.
     """
-    # torchvision published its densenets before it renamed norm.1 to norm1 inside a dense layer.
-    state = {re.sub(r"(denselayer\d+\.(?:norm|conv))\.([12])\.", r"\1\2.", key): state[key] for key in state}
     own = model.state_dict()
+    # Modules rename keys of older versions of themselves as they load, by the version that is kept beside the keys.
+    tensors: OrderedDict[str, Tensor] = OrderedDict((_renamed(key), tensor) for key, tensor in state.items())
+    tensors._metadata = getattr(state, "_metadata", own._metadata)  # type: ignore[attr-defined]
+    shapes = [key for key in own if key in tensors and tensors[key].shape != own[key].shape]
+    for key in shapes:
+        del tensors[key]
+    loaded = model.load_state_dict(tensors, strict=False)
     faults = {
-        "missing": [key for key in own if key not in state and not _is_counter(key)],
-        "unknown": [key for key in state if key not in own and key.rpartition(".")[0] != head],
-        "of another shape": [key for key in own if key in state and state[key].shape != own[key].shape],
+        "missing": [key for key in loaded.missing_keys if key not in shapes and not _is_counter(key)],
+        "unknown": [key for key in loaded.unexpected_keys if not key.startswith((f"{head}.", *AUXILIARY))],
+        "of another shape": shapes,
     }
     if any(faults.values()):
         told = "; ".join(
@@ -97,7 +110,11 @@ def fit(model: nn.Module, state: dict[str, Tensor], head: str, origin: str) -> N
             if keys
         )
         raise BackboneError(f"weights {origin} do not fit this backbone: {told}")
-    model.load_state_dict({key: state[key] for key in own if key in state}, strict=False)
+
+
+def _renamed(key: str) -> str:
+    """Undo a renaming in torchvision's densenets that came after their weights were published."""
+    return re.sub(r"(denselayer\d+\.(?:norm|conv))\.([12])\.", r"\1\2.", key)
 
 
 def digest(model: nn.Module) -> str:

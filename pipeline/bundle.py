@@ -102,8 +102,14 @@ def require_free(out: Path) -> None:
     DataError
         If something other than a bundle is there.
     """
-    if out.exists() and not (out / "bundle.json").is_file():
-        raise DataError(f"{out} is there and is no bundle; use another --out")
+    if out.exists():
+        try:
+            known = {"bundle.json", *_read_facts(out)["files"]}
+        except BundleError:
+            raise DataError(f"{out} is there and is no bundle; use another --out") from None
+        others = sorted(path.name for path in out.iterdir() if path.name not in known)
+        if others:
+            raise DataError(f"{out} holds {others[0]} beside a bundle; move it, or use another --out")
     if not out.parent.is_dir():
         raise DataError(f"folder {out.parent} for --out is not there; make it first")
 
@@ -122,7 +128,8 @@ def save(out: Path, head: Any, facts: dict[str, Any], report: str) -> dict[str, 
     }
     digests = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
     facts = {"format": FORMAT, **facts, "files": digests}
-    files["bundle.json"] = (json.dumps(facts, indent=1) + "\n").encode()
+    facts["sha256"] = _digest(facts)
+    files["bundle.json"] = (json.dumps(facts, indent=1, allow_nan=False) + "\n").encode()
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch:
         fresh = Path(scratch, "new")
         fresh.mkdir()
@@ -142,26 +149,48 @@ def load(path: Path) -> Bundle:
     BundleError
         If it is no bundle, of a newer format, changed, or its head holds a type that is not in `TYPES`.
     """
+    facts = _read_facts(path)
+    if facts.get("sha256") != _digest(facts):
+        raise BundleError(f"bundle {path} was changed: bundle.json is not what was saved")
+    contents = {}
+    for name, digest in facts["files"].items():
+        file = path / name
+        # A name that leads elsewhere, or a pipe in the place of a file, is nobody's bundle.
+        if Path(name).name != name or not file.is_file():
+            raise BundleError(f"bundle {path} is incomplete: it has no {name}")
+        contents[name] = file.read_bytes()
+        if hashlib.sha256(contents[name]).hexdigest() != digest:
+            raise BundleError(f"bundle {path} was changed: {name} is not the file that was saved")
+    try:
+        audit(contents["head.skops"], path)
+        return Bundle(skops.io.loads(contents["head.skops"], trusted=_TRUSTED), facts)
+    except BundleError:
+        raise
+    # Whatever skops and scikit-learn stumble over in a head that was tampered with.
+    except Exception as error:
+        raise BundleError(f"{path}/head.skops cannot be loaded: {type(error).__name__}: {error}") from None
+
+
+def _read_facts(path: Path) -> dict[str, Any]:
     try:
         facts = json.loads((path / "bundle.json").read_bytes())
     except OSError:
         raise BundleError(f"{path} is not a bundle (it has no bundle.json); `permafrost train` makes one") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise BundleError(f"{path}/bundle.json is damaged: not JSON") from None
-    found = facts.get("format") if isinstance(facts, dict) else None
-    if not isinstance(found, int) or found > FORMAT:
-        raise BundleError(f"bundle {path} has format {found}, this permafrost reads up to {FORMAT}; upgrade permafrost")
-    contents = {}
-    for name, digest in facts["files"].items():
-        try:
-            contents[name] = (path / name).read_bytes()
-        except OSError:
-            raise BundleError(f"bundle {path} is incomplete: it has no {name}") from None
-        if hashlib.sha256(contents[name]).hexdigest() != digest:
-            raise BundleError(f"bundle {path} was changed: {name} is not the file that was saved")
-    head = contents["head.skops"]
-    audit(head, path)
-    return Bundle(skops.io.loads(head, trusted=_TRUSTED), facts)
+    if not isinstance(facts, dict) or not isinstance(facts.get("files"), dict) or type(facts.get("format")) is not int:
+        raise BundleError(f"{path}/bundle.json is not a bundle's")
+    if facts["format"] > FORMAT:
+        raise BundleError(
+            f"bundle {path} has format {facts['format']}, this permafrost reads up to {FORMAT}; upgrade permafrost"
+        )
+    return facts
+
+
+def _digest(facts: dict[str, Any]) -> str:
+    """SHA-256 (hex) of all else that `bundle.json` says, as canonical JSON."""
+    rest = {key: value for key, value in facts.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def audit(head: bytes, path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -85,7 +86,7 @@ def extract(
         record,
         as_json,
         "{listed:,} listed, {opened:,} opened, {embedded:,} embedded, {failed:,} failed\n"
-        f"snapshot {{snapshot}}{'' if record['published'] else ' (unchanged)'}, view {{view}}",
+        "snapshot {snapshot} ({outcome}), view {view}",
     )
 
 
@@ -265,6 +266,8 @@ def _print_scores(facts: dict[str, Any], out: Path) -> None:
 
 def main() -> None:
     """Run the command line; the README lists the exit codes."""
+    # Pillow warns of odd metadata, and of large images; neither says which file.
+    warnings.filterwarnings("ignore", module=r"PIL\.")
     try:
         app()
     except PermafrostError as error:

@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 LINE_EVERY = 10.0
 """Seconds between lines where there is no terminal."""
@@ -70,11 +71,15 @@ def table(columns: list[str], rows: list[tuple[Any, ...]], title: str | None = N
         numeric = bool(rows) and all(_is_number(row[place]) for row in rows)
         drawn.add_column(column, justify="right" if numeric else "left", no_wrap=True)
     for row in rows:
-        drawn.add_row(*(str(cell) for cell in row))
+        # Data is no markup: a folder may be called "photos [test]".
+        drawn.add_row(*(Text(str(cell)) for cell in row))
     console = Console(highlight=False)
-    console.width = console.width if sys.stdout.isatty() else 240
+    if not sys.stdout.isatty():
+        console.width = max(
+            console.width, sum(max(len(str(row[n])) for row in [columns, *rows]) + 3 for n in range(len(columns)))
+        )
     if title:
-        console.print(title, style="bold", soft_wrap=True)
+        console.print(Text(title, style="bold"), soft_wrap=True)
     console.print(drawn)
 
 

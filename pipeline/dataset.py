@@ -106,8 +106,8 @@ def load(
             f"no column {target!r} to train for; the samples have {', '.join(samples.own_columns(table)) or 'none'}"
         )
     frame = table.to_pandas()
-    tested = select(table, test_where) if test_where else np.zeros(len(frame), bool)
-    chosen = (select(table, where) if where else np.ones(len(frame), bool)) | tested
+    tested = select(table, test_where) if test_where is not None else np.zeros(len(frame), bool)
+    chosen = (select(table, where) if where is not None else np.ones(len(frame), bool)) | tested
     sha256, matrix = store.embeddings(view, set(frame.loc[chosen, "sha256"].dropna()))
     rows = pd.Index(sha256).get_indexer(pd.Index(frame["sha256"]))
     ok, labelled = frame["status"].eq("ok").to_numpy(), frame[target].notna().to_numpy()
@@ -127,7 +127,7 @@ def load(
     train = part(usable & ~tested)
     if not len(train):
         raise DataError(f"no sample to train on: of {int(chosen.sum())} chosen, {_told(left_out, int(tested.sum()))}")
-    test = part(usable & tested) if test_where else None
+    test = part(usable & tested) if test_where is not None else None
     if test is not None and not len(test):
         raise DataError(f"no sample to test on: --test-where chose {int(tested.sum())}, none usable")
     copies = 0 if test is None else int(test.samples["sha256"].isin(train.samples["sha256"]).sum())
@@ -226,8 +226,10 @@ def _quantities(labels: pd.Series[Any]) -> NDArray[np.float64]:
 
 
 def _classes(labels: pd.Series[Any]) -> NDArray[Any]:
-    if pd.api.types.is_float_dtype(labels):
+    if pd.api.types.is_float_dtype(labels) and bool((labels == labels.round()).all()):
         return labels.to_numpy(np.int64)
+    if pd.api.types.is_float_dtype(labels):
+        return labels.map(str).to_numpy(dtype=np.str_)
     if pd.api.types.is_numeric_dtype(labels):
         return labels.to_numpy()
     return labels.astype(str).to_numpy(dtype=np.str_)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 from sklearn import metrics
 from sklearn.base import clone
@@ -58,7 +59,7 @@ def fold(data: Dataset, task: Task, folds: int) -> list[tuple[Rows, Rows]]:
     if images < folds:
         raise DataError(f"{images} training images are too few for {folds} folds; use fewer --folds")
     if task == "classification":
-        _require_members(data.y, folds)
+        _require_members(data, folds)
     options = {"n_splits": folds, "shuffle": True, "random_state": SEED}
     if images < len(data):
         grouped = StratifiedGroupKFold if task == "classification" else GroupKFold
@@ -67,10 +68,12 @@ def fold(data: Dataset, task: Task, folds: int) -> list[tuple[Rows, Rows]]:
     return list(plain(**options).split(data.X, data.y))
 
 
-def _require_members(y: NDArray[Any], folds: int) -> None:
-    classes, counts = np.unique(y, return_counts=True)
+def _require_members(data: Dataset, folds: int) -> None:
+    # Copies of one image share a fold, so they count as one member.
+    members = pd.DataFrame({"class": data.y, "group": data.groups}).groupby("class")["group"].nunique()
+    classes, counts = members.index, members.to_numpy()
     if len(classes) < 2:
-        raise DataError(f"all {len(y)} training samples are of class {str(classes[0])!r}; a head needs two classes")
+        raise DataError(f"all {len(data)} training samples are of class {str(classes[0])!r}; a head needs two classes")
     rare = [f"{name} ({count})" for name, count in zip(classes, counts, strict=True) if count < folds]
     if rare:
         raise DataError(
@@ -108,7 +111,7 @@ def tested(head: Any, train: Dataset, test: Dataset, task: Task) -> Scores:
     baseline = dummy(task).fit(train.X, train.y)
     return {
         who: {
-            name: float(sign * metrics.get_scorer(scorer)(estimator, test.X, test.y))
+            name: _defined(sign * metrics.get_scorer(scorer)(estimator, test.X, test.y))
             for name, (scorer, sign) in SCORERS[task].items()
         }
         for who, estimator in (("head", head), ("dummy", baseline))
@@ -117,7 +120,12 @@ def tested(head: Any, train: Dataset, test: Dataset, task: Task) -> Scores:
 
 def _spread(scores: NDArray[np.float64]) -> dict[str, Any]:
     return {
-        "mean": float(scores.mean()),
-        "std": float(scores.std(ddof=1)),
-        "folds": [float(score) for score in scores],
+        "mean": _defined(scores.mean()),
+        "std": _defined(scores.std(ddof=1)),
+        "folds": [_defined(score) for score in scores],
     }
+
+
+def _defined(score: float) -> float | None:
+    """A score as JSON can hold it; R² of a single row, say, is not defined."""
+    return float(score) if np.isfinite(score) else None

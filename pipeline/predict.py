@@ -11,6 +11,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from features import runs
 from features.errors import DataError
 from features.extract import Progress, fill
 from features.sources import Source
@@ -76,15 +77,14 @@ def predict_source(
         with tempfile.TemporaryDirectory(prefix="permafrost-") as scratch:
             passing = FeatureStore.open_or_new(scratch)
             return predict_source(bundle, source, store=passing, weights=weights, device=device, progress=progress)
-    view = _view_for(bundle, store)
     request = bundle.view.request
     if weights:
         request = Request.parse(request.backbone, weights, request.layer, request.precision)
-    _, before = store.pending(source.name)
-    filled = fill(source, store, request, view.name, device, progress)
-    # Nothing is published, so what was read stays of use to no one but an interrupted extraction.
-    store.drop_pending(set(filled.pending) - set(before))
-    return _predict(bundle, store, view, filled.rows.select(CARRIED))
+    name = _name_of(bundle.view, store)
+    filled = fill(source, store, request, name, expected=bundle.view, device=device, progress=progress)
+    # Nothing is published that would make them needless, but nothing was read that a model would have to read again.
+    runs.drop(store.root, filled.pending)
+    return _predict(bundle, store, filled.view, filled.rows.select(CARRIED))
 
 
 def write(table: pa.Table, out: Path) -> None:
@@ -105,16 +105,16 @@ def require_writable(out: Path) -> None:
     DataError
         If it is no Parquet file's name, or its folder is not there.
     """
-    if out.suffix != ".parquet":
+    if out.suffix != ".parquet" or out.is_dir():
         raise DataError(f"predictions are written as Parquet; name --out {out.with_suffix('.parquet')}")
     if not out.parent.is_dir():
         raise DataError(f"folder {out.parent} for --out is not there; make it first")
 
 
-def _view_for(bundle: Bundle, store: FeatureStore) -> View:
-    """The bundle's view in a store, added if the store has none of its fingerprint."""
-    same = [view for view in store.views().values() if view.fingerprint == bundle.view.fingerprint]
-    return same[0] if same else store.add_view(bundle.view)
+def _name_of(view: View, store: FeatureStore) -> str:
+    """Name of the view in a store that has a bundle's fingerprint, or will have it."""
+    same = [name for name, other in store.views().items() if other.fingerprint == view.fingerprint]
+    return same[0] if same else view.name
 
 
 def _predict(bundle: Bundle, store: FeatureStore, view: View, rows: pa.Table) -> pa.Table:

@@ -81,8 +81,10 @@ def markdown(facts: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def number(value: float) -> str:
+def number(value: float | None) -> str:
     """A score with the digits that matter."""
+    if value is None:
+        return "undefined"
     return f"{value:.4f}" if abs(value) < 10 else f"{value:,.1f}"
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
@@ -179,7 +180,7 @@ def test_a_filled_hub_cache_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     [
         ("resnet19", None, None, "did you mean resnet18"),
         ("resnet18", "IMAGENET1K_V7", None, "use IMAGENET1K_V1"),
-        ("resnet18", UNTRAINED, "layer5", "the nearest are layer4"),
+        ("resnet18", UNTRAINED, "layer5", "the nearest are layer4, layer3"),
         ("resnet18", "nowhere/w.pth", None, "cannot be read"),
     ],
 )
@@ -196,7 +197,13 @@ def test_a_device_that_is_not_there_is_an_error() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "layer", "dim"), [("resnet18", "layer3", 256), ("swin_t", "features.3", 192), ("vit_b_32", "encoder", 768)]
+    ("name", "layer", "dim"),
+    [
+        ("resnet18", "layer3", 256),
+        ("swin_t", "features.3", 192),
+        ("swin_t", "features.0.0", 96),
+        ("vit_b_32", "encoder", 768),
+    ],
 )
 def test_any_node_gives_one_vector_an_image(name: str, layer: str, dim: int) -> None:
     backbone = backbones.load(Request.parse(name, UNTRAINED, layer))
@@ -204,15 +211,47 @@ def test_any_node_gives_one_vector_an_image(name: str, layer: str, dim: int) -> 
     assert backbone.spec["layer"] == layer != PENULTIMATE
 
 
+def test_older_names_of_tensors_are_known(tmp_path: Path) -> None:
+    state = models.vit_b_32().state_dict()
+    layers = [key for key in state if ".mlp." in key]
+    renamed = {key.replace("mlp.0.", "mlp.linear_1.").replace("mlp.3.", "mlp.linear_2."): state[key] for key in state}
+    assert len(layers) == 48 and not set(layers) & set(renamed)
+    torch.save(state, tmp_path / "new.pth")
+    # Published before the layers were renamed, and saved with the version of then.
+    older = OrderedDict(renamed)
+    older._metadata = OrderedDict()  # type: ignore[attr-defined]
+    torch.save(older, tmp_path / "old.pth")
+    specs = [backbones.load(Request.parse("vit_b_32", str(tmp_path / name))).spec for name in ("new.pth", "old.pth")]
+    assert specs[0] == specs[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "member", "size"), [("vit_b_16", "IMAGENET1K_SWAG_E2E_V1", 384), ("vit_b_16", None, 224)]
+)
+def test_a_model_is_built_for_the_input_of_its_weights(name: str, member: str | None, size: int) -> None:
+    model, _ = backbones.build(name, member)
+    assert model.image_size == size
+
+
+def test_classifiers_that_only_training_reads_are_no_part_of_a_backbone(tmp_path: Path) -> None:
+    state = models.googlenet(init_weights=False).state_dict()
+    for name, change in (("one.pth", 0.0), ("two.pth", 1.0)):
+        state["aux1.fc2.bias"] += change
+        torch.save(state, tmp_path / name)
+    torch.save({key: state[key] for key in state if not key.startswith("aux")}, tmp_path / "three.pth")
+    specs = [backbones.load(Request.parse("googlenet", str(file))).spec for file in sorted(tmp_path.iterdir())]
+    assert specs[0] == specs[1] == specs[2]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", ["densenet121", "googlenet", "inception_v3", "maxvit_t", "regnet_y_400mf", "swin_v2_t"]
+    "name", ["densenet121", "googlenet", "inception_v3", "maxvit_t", "mnasnet0_5", "regnet_y_400mf", "swin_v2_t"]
 )
 def test_other_families_give_what_their_classifying_layer_reads(name: str, tmp_path: Path) -> None:
     file = draw(tmp_path / "one.png", COLOURS["blue"], np.random.default_rng(4))
     torch.manual_seed(6)
-    special = {"transform_input": True, "init_weights": False} if name in ("googlenet", "inception_v3") else {}
-    model = models.get_model(name, weights=None, **special).eval()
+    auxiliary = name in ("googlenet", "inception_v3")
+    model = models.get_model(name, weights=None, **({"transform_input": True} if auxiliary else {})).eval()
     torch.save(model.state_dict(), tmp_path / "w.pth")
     transform = models.get_model_weights(name).IMAGENET1K_V1.transforms()
     layer = model.get_submodule(backbones.classifying_layer(model))

@@ -23,7 +23,7 @@ def test_from_photographs_to_predictions(permafrost: Run, photos: Path, tmp_path
     first = answer(permafrost(*extract))
     assert (first["listed"], first["opened"], first["embedded"], first["failed"]) == (24, 24, 24, 0)
     second = answer(permafrost(*extract))
-    assert (second["opened"], second["published"], second["snapshot"]) == (0, False, 1)
+    assert (second["opened"], second["outcome"], second["snapshot"]) == (0, "unchanged", 1)
     train = ("train", tmp_path / "store", "--target", "label", "--out", tmp_path / "bundle")
     facts = answer(permafrost(*train, "--where", "split = 'train'", "--test-where", "split = 'test'", "--json"))
     assert facts["scores"]["test"]["head"]["accuracy"] == 1.0
@@ -130,6 +130,12 @@ def test_a_terminal_shows_a_bar(photos: Path, tmp_path: Path) -> None:
         except OSError:
             break
     assert running.wait() == 0 and b"24/24" in drawn
+
+
+def test_what_is_shown_is_what_is_there(permafrost: Run, photos: Path, tmp_path: Path) -> None:
+    odd = photos.rename(tmp_path / "photos [red]")
+    permafrost("extract", odd, "--store", tmp_path / "store", "--backbone", "tiny", "--source", "x" * 300 + "[/x]")
+    assert "x" * 300 + "[/x]" in permafrost("info", tmp_path / "store").stdout
 
 
 def test_two_views_have_to_be_told_apart(permafrost: Run, photos: Path, tmp_path: Path) -> None:

@@ -127,6 +127,9 @@ def test_copies_share_a_fold(photos: Path, tmp_path: Path, toy: Toy) -> None:
     )
     for fit, score in evaluate.fold(data, "classification", 4):
         assert not set(data.groups[fit]) & set(data.groups[score])
+    with pytest.raises(DataError, match=r"fewer members than the 4 folds: b \(1\)"):
+        groups = np.where(np.arange(40) < 20, np.arange(40), 99)
+        evaluate.fold(Dataset(pd.DataFrame(), data.X, np.repeat(["a", "b"], 20), groups), "classification", 4)
 
 
 @pytest.mark.parametrize(
@@ -152,6 +155,10 @@ def test_a_bundle_replaces_only_a_bundle(store: FeatureStore, tmp_path: Path) ->
     with pytest.raises(DataError, match="is no bundle"):
         train(store, "label", tmp_path / "precious", folds=3)
     train(store, "label", tmp_path / "bundle", folds=3)
+    (tmp_path / "bundle/thesis.txt").write_text("")
+    with pytest.raises(DataError, match=r"holds thesis\.txt beside a bundle"):
+        train(store, "label", tmp_path / "bundle", folds=3)
+    (tmp_path / "bundle/thesis.txt").unlink()
     facts = train(store, "label", tmp_path / "bundle", folds=3, head="knn")
     assert bundle.load(tmp_path / "bundle").facts == facts and facts["head"] == "knn"
     assert sorted(path.name for path in (tmp_path / "bundle").iterdir()) == ["bundle.json", "head.skops", "report.md"]
@@ -207,6 +214,11 @@ def test_a_changed_incomplete_or_newer_bundle_is_refused(tmp_path: Path) -> None
     (fresh() / "report.md").unlink()
     with pytest.raises(BundleError, match=r"incomplete: it has no report\.md"):
         bundle.load(tmp_path / "b")
+    for change in ({"target": "other"}, {"format": "1"}, {"files": []}, {"files": {"../secret": "0"}}):
+        facts = json.loads((fresh() / "bundle.json").read_text()) | change
+        (tmp_path / "b/bundle.json").write_text(json.dumps(facts))
+        with pytest.raises(BundleError):
+            bundle.load(tmp_path / "b")
     newer = json.loads((fresh() / "bundle.json").read_text()) | {"format": bundle.FORMAT + 1}
     (tmp_path / "b/bundle.json").write_text(json.dumps(newer))
     with pytest.raises(BundleError, match="has format 2, this permafrost reads up to 1"):
