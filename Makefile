@@ -15,7 +15,7 @@ demo: install
 	$(BIN)/permafrost demo
 
 test: install
-	$(BIN)/pytest -m "not slow" -n 2
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow" -n 2
 
 slow: install
 	$(BIN)/pytest -m slow

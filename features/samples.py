@@ -69,6 +69,9 @@ def normalised(column: pa.ChunkedArray) -> pa.ChunkedArray:
     if pa.types.is_decimal(kind) or pa.types.is_floating(kind):
         column = column.cast(pa.float64())
         return pc.if_else(pc.is_nan(column), pa.scalar(None, pa.float64()), column)
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        element = normalised(pa.chunked_array([], kind.value_type)).type
+        return column.cast(pa.list_(pa.field("element", element)))
     if pa.types.is_timestamp(kind) and kind.unit in ("s", "ms"):
         return column.cast(pa.timestamp("us", kind.tz))
     return column.cast(pa.time32("ms")) if kind == pa.time32("s") else column

@@ -63,7 +63,8 @@ def train(
     name = head or heads.DEFAULT[split.task]
     model = heads.make(name, split.task)
     folded = evaluate.cross_validated(model, split.train, split.task, folds)
-    model.fit(split.train.X, split.train.y)
+    with evaluate.one_thread_each():
+        model.fit(split.train.X, split.train.y)
     tested = evaluate.tested(model, split.train, split.test, split.task) if split.test else None
     facts = {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
