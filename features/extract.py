@@ -138,10 +138,12 @@ def fill(
 ) -> Filled:
     """Embed what a source has and a view has not, and publish nothing; see `extract`.
 
-    With `expected`, no view is made that has another spec than that one.
+    With `expected`, any view that has another spec than that one is refused, and none such is made.
     """
     plan, present, adopted = look_ahead(source, store, name)
     view = store.view(name)
+    if expected and view:
+        expected.require(view.spec)
     seconds = dict.fromkeys(STAGES, 0.0)
 
     @_once

@@ -109,7 +109,7 @@ def test_other_weights_are_refused(store: FeatureStore, tmp_path: Path, photos: 
     extract(list_source(str(photos)), other, Request("toy", "V2"), view=trained.view.name)
     with pytest.raises(ViewMismatch, match="weights is 'V2', asked for 'V1'"):
         predict.predict_store(trained, other)
-    with pytest.raises(ViewMismatch, match="weights is 'V2', asked for 'V1'"):
+    with pytest.raises(ViewMismatch, match="weights is 'V1', asked for 'V2'"):
         predict.predict_source(trained, list_source(str(photos)), store=other)
 
 
