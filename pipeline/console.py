@@ -84,4 +84,4 @@ def table(columns: list[str], rows: list[tuple[Any, ...]], title: str | None = N
 
 
 def _is_number(cell: Any) -> bool:
-    return str(cell) in ("", "-") or str(cell)[:1].lstrip("-").isdigit()
+    return str(cell) in ("", "-", "undefined") or str(cell).lstrip("-")[:1].isdigit()

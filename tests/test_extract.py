@@ -16,6 +16,7 @@ from PIL import Image
 
 from conftest import Toy, draw
 from features import backbones, images, runs
+from features import extract as extraction
 from features.errors import NonFinite, SourceError, ViewMismatch
 from features.extract import extract
 from features.reading import read_all
@@ -63,6 +64,7 @@ def box(tmp_path: Path, toy: Toy) -> Box:
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("features.extract.PART", 6)
     monkeypatch.setattr("features.extract.BATCH", 3)
+    monkeypatch.setattr("features.reading.AHEAD", 2)
 
 
 @pytest.fixture
@@ -127,7 +129,9 @@ def test_what_was_touched_is_read_and_what_has_changed_is_embedded(photos: Path,
     assert [len(box.store.snapshot(number).samples) for number in (1, 2, 3)] == [24, 24, 23]
 
 
-def test_the_same_bytes_are_embedded_once_wherever_they_lie(photos: Path, box: Box, toy: Toy) -> None:
+@pytest.mark.parametrize("batch", [3, 64])
+def test_the_same_bytes_are_embedded_once(photos: Path, box: Box, toy: Toy, batch: int, small: None) -> None:
+    extraction.BATCH, extraction.PART = batch, 64
     first = photos / "train" / "red" / "00.png"
     draw(photos.parent / "elsewhere" / "again.png", RED).write_bytes(first.read_bytes())
     (photos / "copy.png").write_bytes(first.read_bytes())
@@ -137,6 +141,7 @@ def test_the_same_bytes_are_embedded_once_wherever_they_lie(photos: Path, box: B
     found = box.vectors()
     assert found["moved.png"] == found["copy.png"] == found["again.png"]
     assert (len(found), toy.embedded) == (26, 24)
+    assert box.fill(photos, "V2")["opened"] == 24
 
 
 def test_a_changed_label_makes_a_snapshot_and_embeds_nothing(table: Path, box: Box, toy: Toy) -> None:
@@ -158,6 +163,7 @@ def test_what_cannot_be_read_is_a_row_with_a_reason(table: Path, box: Box, small
     assert set(reasons.values()) <= images.REASONS
     assert [reasons[f"{name}.png"] for name in ("empty", "text9", "pipe")] == ["empty", "not_an_image", "unreadable"]
     assert box.vectors() == {"a.png": [255, 0, 0], "\ufffdff.png": [0, 0, 255]}
+    assert box.fill(folder)["opened"] == 1  # the pipe, which may have become a file
 
 
 def test_an_image_that_the_transform_cannot_take_is_a_failure_of_its_own(tmp_path: Path) -> None:
@@ -229,7 +235,7 @@ def test_a_view_refuses_another_spec_and_stays_as_it_was(photos: Path, box: Box)
     with pytest.raises(ViewMismatch, match=r"'mine'.*'V1'.*'V2'.*--view"):
         box.fill(photos, "V2", view="mine")
     assert box.contents() == before
-    box.fill(photos, "V2")
+    assert box.fill(photos, "V2")["embedded"] == 24
     assert set(box.store.views()) == {"mine", "toy-V2-penultimate"}
 
 

@@ -121,6 +121,11 @@ def test_sixteen_bit_grey_is_divided_by_257(values: list[int], form: str) -> Non
     assert np.array_equal(shown, np.repeat(np.round(deep / 257).astype(np.uint8)[..., None], 3, axis=2))
 
 
+def test_pixels_of_no_known_range_are_unsupported_rather_than_guessed() -> None:
+    assert code_of(encoded(Image.new("F", (2, 2), 0.5), "TIFF")) == "unsupported"
+    assert code_of(encoded(Image.fromarray(np.array([[0, 65536]], np.int32)), "TIFF")) == "unsupported"
+
+
 @pytest.mark.parametrize("form", ["TIFF", "JPEG"])
 def test_ink_becomes_light(form: str) -> None:
     options = {"quality": 100} if form == "JPEG" else {}
@@ -181,8 +186,8 @@ def test_decoding_in_threads_leaves_the_warnings_of_the_process_alone() -> None:
         assert warnings.filters == before
 
 
-def test_transient_reasons_are_reasons() -> None:
-    assert images.TRANSIENT < images.REASONS
+def test_a_strip_that_scaling_would_blow_up_is_too_large() -> None:
+    assert code_of(encoded(Image.new("RGB", (1, 5000)))) == "too_large"
 
 
 @given(st.sampled_from(SEEDS), st.data())

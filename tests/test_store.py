@@ -21,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from features import info, runs, samples
-from features.errors import StoreError, ViewMismatch
+from features.errors import SourceError, StoreError, ViewMismatch
 from features.parquet import encode, encode_part
 from features.store import FeatureStore, Present
 from features.views import Request, View
@@ -112,6 +112,14 @@ def test_a_column_of_any_type_is_published_once(store: FeatureStore, column: pa.
     assert store.publish("A", listing("A", "a", own=column[:1]), "2025-01-03", whole=False)[1] == "unchanged"
 
 
+def test_whole_numbers_and_fractions_share_a_column_unless_digits_were_lost(store: FeatureStore) -> None:
+    store.publish("A", listing("A", "a", x=pa.array([1])), "2025")
+    store.publish("B", listing("B", "b", x=pa.array([0.5])), "2025")
+    assert store.snapshot().samples["x"].to_pylist() == [1, 0.5]
+    with pytest.raises(SourceError, match="'x'"):
+        store.publish("C", listing("C", "c", x=pa.array([2**53 + 1])), "2025")
+
+
 @pytest.mark.parametrize(
     "content", [None, b"garbage", pd.DataFrame({"id": ["a"]}).to_parquet()], ids=["older", "garbage", "foreign"]
 )
@@ -137,7 +145,7 @@ def test_a_part_is_named_by_its_content_and_has_the_schema_of_the_design(tmp_pat
 
 
 def test_doubles_that_a_race_left_are_dropped_and_the_first_counts(store: FeatureStore) -> None:
-    add(store, a=[1, 1, 1], b=[2, 2, 2])
+    assert [add(store, a=[1, 1, 1], b=[2, 2, 2]), add(store, b=[9, 9, 9])] == [2, 0]
     intrude(store, b=[9, 9, 9], c=[3, 3, 3], a=[9, 9, 9])
     for wanted, found in ((None, {"a": 1, "b": 2, "c": 3}), ({"b", "c"}, {"b": 2, "c": 3})):
         keys, matrix = store.embeddings(VIEW, wanted)
@@ -184,9 +192,11 @@ def test_damage_is_an_error_of_ours_that_names_the_file(tmp_path: Path, store: F
     add(store, a=[1, 2, 3])
     store.publish("A", listing("A", "a"), "2025")
     file = next(tmp_path.rglob(FILES[what]))
-    file.write_bytes(file.read_bytes()[:-20])
-    with pytest.raises(StoreError, match=f"{file.stem}|{what} 1"):
-        store.embeddings(VIEW) if what == "part" else store.snapshot()
+    content = file.read_bytes()
+    for damaged in (content[:-20], content[:60] + b"!" + content[61:], b""):
+        file.write_bytes(damaged)
+        with pytest.raises(StoreError, match=f"{file.stem}|{what} 1"):
+            store.embeddings(VIEW) if what == "part" else store.snapshot()
 
 
 def test_a_part_of_another_view_is_refused(store: FeatureStore) -> None:
