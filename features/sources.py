@@ -129,7 +129,8 @@ def _version(entry: os.DirEntry[str] | Path) -> str | None:
 
 
 def _list_folder(folder: Path, template: str | None) -> pa.Table:
-    found = sorted((os.path.relpath(entry.path, folder), entry) for entry in _walk(folder))
+    prefix = len(os.path.join(folder, ""))
+    found = sorted((entry.path[prefix:], entry) for entry in _walk(folder))
     if not found:
         raise SourceError(f"folder {folder} holds no image file ({', '.join(sorted(EXTENSIONS)[:6])} ...)")
     ids = [_text(name) for name, _ in found]

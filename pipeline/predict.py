@@ -82,7 +82,7 @@ def predict_source(
         request = Request.parse(request.backbone, weights, request.layer, request.precision)
     name = _name_of(bundle.view, store)
     filled = fill(source, store, request, name, expected=bundle.view, device=device, progress=progress)
-    # Nothing is published that would make them needless, but nothing was read that a model would have to read again.
+    # Predictions are not listed, so no snapshot will ever make these files needless.
     runs.drop(store.root, filled.pending)
     return _predict(bundle, store, filled.view, filled.rows.select(CARRIED))
 
