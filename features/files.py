@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
+import pyarrow as pa
 
 from features.errors import StoreError
 
@@ -81,8 +82,16 @@ class Root:
         content: bytes = self.fs.cat_file(self.at(name))
         return content
 
-    def read_json(self, name: str) -> Any:
-        """A JSON file's content.
+    def open_native(self, name: str) -> pa.NativeFile:
+        """A file as Arrow reads it without Python.
+
+        Arrow's threads may outlive a read; if they hold a Python file, the process aborts or hangs as it exits
+        (apache/arrow issues 34314 and 50482).
+        """
+        return pa.OSFile(self.at(name), "rb") if self.is_local else pa.BufferReader(self.read(name))
+
+    def read_json(self, name: str) -> dict[str, Any]:
+        """A JSON file's content, an object.
 
         Raises
         ------
@@ -90,7 +99,10 @@ class Root:
             If it is not there, or not JSON.
         """
         try:
-            return json.loads(self.read(name))
+            content = json.loads(self.read(name))
+            if isinstance(content, dict):
+                return content
+            raise ValueError("no object")
         except (FileNotFoundError, ValueError) as error:
             raise StoreError(f"{self.at(name)} is missing or damaged ({type(error).__name__})") from None
 

@@ -118,6 +118,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         grey = np.asarray(image.convert("I"))
         if grey.min() < 0 or grey.max() > 65535:
             raise ImageError("unsupported", "grey values outside 16 bits")
+        if isinstance(clear := image.info.get("transparency"), int):
+            grey = np.where(grey == clear, 65535, grey)
         image = Image.fromarray(np.round(grey / np.float32(257)).astype(np.uint8))
     if image.mode == "F":
         raise ImageError("unsupported", "floating-point pixels, whose range is not known")

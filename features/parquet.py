@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -22,10 +22,28 @@ def encode(table: pa.Table, meta: dict[str, Any]) -> bytes:
     return sink.getvalue()
 
 
-def meta_of(schema: pa.Schema) -> dict[str, Any]:
-    """The facts that were kept beside a file's columns."""
-    meta: dict[str, Any] = json.loads(schema.metadata[_KEY])
-    return meta
+def open_file(file: pa.NativeFile) -> tuple[pq.ParquetFile, dict[str, Any]]:
+    """Open what `encode` or `encode_part` wrote; each page's checksum is checked as it is read.
+
+    Parameters
+    ----------
+    file : pyarrow.NativeFile
+        Never a Python file; see `features.files.Root.open_native`.
+
+    Returns
+    -------
+    opened : pyarrow.parquet.ParquetFile
+    meta : dict
+        The facts beside the columns.
+    """
+    opened = pq.ParquetFile(file, page_checksum_verification=True)
+    return opened, json.loads(opened.schema_arrow.metadata[_KEY])
+
+
+def decode(content: bytes) -> tuple[pa.Table, dict[str, Any]]:
+    """Decode what `encode` made: the listing, and the facts beside its columns."""
+    opened, meta = open_file(pa.BufferReader(content))
+    return opened.read().replace_schema_metadata(None), meta
 
 
 def encode_part(sha256: list[str], embeddings: NDArray[np.float32], meta: dict[str, Any]) -> bytes:
@@ -59,9 +77,9 @@ def encode_part(sha256: list[str], embeddings: NDArray[np.float32], meta: dict[s
     return sink.getvalue()
 
 
-def decode_part(file: BinaryIO) -> tuple[list[str], NDArray[np.float32]]:
-    """Read what `encode_part` wrote, checking the checksum of each page."""
-    part = pq.read_table(file, page_checksum_verification=True).combine_chunks()
+def read_part(opened: pq.ParquetFile) -> tuple[list[str], NDArray[np.float32]]:
+    """Read what `encode_part` made: SHA-256, and float32 of shape (images, dim)."""
+    part = opened.read().combine_chunks()
     vectors = part["embedding"].combine_chunks()
     matrix: NDArray[np.float32] = vectors.flatten().to_numpy().reshape(len(part), vectors.type.list_size)
     return part["sha256"].to_pylist(), matrix

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import secrets
 from collections.abc import Iterable
 from contextlib import suppress
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from features import samples
 from features.files import Root, encode_json, stamp
-from features.parquet import encode
+from features.parquet import decode, encode
 
 
 def keep(root: Root, source: str, rows: pa.Table) -> str:
@@ -47,7 +45,7 @@ def kept(root: Root, source: str) -> tuple[pa.Table, list[str]]:
     for name in names:
         # Another run may have published what this file says, and dropped it.
         with suppress(FileNotFoundError):
-            tables.append(pq.read_table(io.BytesIO(root.read(name))).replace_schema_metadata(None))
+            tables.append(decode(root.read(name))[0])
     return pa.concat_tables(tables), names
 
 

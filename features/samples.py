@@ -33,6 +33,9 @@ READING = pa.schema([SCHEMA.field(name) for name in ("id", "version", *READ)])
 RESERVED = frozenset({*SCHEMA.names, "embedding", "prediction"})
 """Names that no source's own column may have, in capitals or not: SQL tells columns apart without."""
 
+LARGEST_EXACT = 2**53
+"""Beyond this, float64 does not tell neighbouring integers apart."""
+
 
 def own_columns(table: pa.Table) -> list[str]:
     """Names of the columns that come from the sources themselves."""
@@ -57,7 +60,8 @@ def normalised(column: pa.ChunkedArray) -> pa.ChunkedArray:
     """A source's column in the type that the listing keeps it in.
 
     One type for text, one for integers, one for fractions, and only types that Parquet gives back as they are, so
-    that it does not depend on who wrote a table whether two listings are alike. NaN becomes null.
+    that it does not depend on who wrote a table whether two listings are alike. NaN becomes null, and of times
+    microseconds are kept.
     """
     kind = column.type
     if pa.types.is_dictionary(kind):
@@ -72,8 +76,8 @@ def normalised(column: pa.ChunkedArray) -> pa.ChunkedArray:
     if pa.types.is_list(kind) or pa.types.is_large_list(kind):
         element = normalised(pa.chunked_array([], kind.value_type)).type
         return column.cast(pa.list_(pa.field("element", element)))
-    if pa.types.is_timestamp(kind) and kind.unit in ("s", "ms"):
-        return column.cast(pa.timestamp("us", kind.tz))
+    if pa.types.is_timestamp(kind):
+        return column.cast(pa.timestamp("us", kind.tz), safe=False)
     return column.cast(pa.time32("ms")) if kind == pa.time32("s") else column
 
 
@@ -133,10 +137,18 @@ def require_same_types(old: pa.Table, new: pa.Table, source: str) -> None:
         if other is None:
             continue
         ours = normalised(new[name].slice(0, 0)).type
-        kinds = {ours, old[other].type}
-        if name == other and (len(kinds) == 1 or kinds == {pa.int64(), pa.float64()}):
+        if name == other and (ours == old[other].type or _go_together(new[name], old[other])):
             continue
         raise SourceError(
             f"column {name!r} is {ours} in source {source}, but {'' if other == name else f'{other!r} is '}"
             f"{old[other].type} in source {old.filter(old[other].is_valid())['source'][0]}; rename or convert one"
         )
+
+
+def _go_together(one: pa.ChunkedArray, other: pa.ChunkedArray) -> bool:
+    """Whether of two columns one holds integers and one fractions, and no integer would lose a digit."""
+    integers = [column for column in (one, other) if pa.types.is_integer(column.type)]
+    if len(integers) != 1 or not all(pa.types.is_integer(c.type) or pa.types.is_floating(c.type) for c in (one, other)):
+        return False
+    ends = pc.min_max(integers[0]).as_py()
+    return all(abs(end) <= LARGEST_EXACT for end in ends.values() if end is not None)

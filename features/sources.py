@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import re
 import stat
@@ -12,6 +13,7 @@ from pathlib import Path
 from urllib.parse import unquote_to_bytes
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
 
@@ -252,11 +254,11 @@ def _list_table(path: Path, image: str | None, id_column: str | None) -> pa.Tabl
 def _header(path: Path) -> list[str]:
     try:
         if path.suffix.lower() == ".csv":
-            with pyarrow.csv.open_csv(path) as reader:
-                names: list[str] = reader.schema.names
+            with path.open(newline="", encoding="utf-8-sig") as file:
+                names: list[str] = next(csv.reader(file), [])
         else:
             names = pq.read_schema(path).names
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+    except (pa.ArrowException, csv.Error, OSError, UnicodeDecodeError) as error:
         raise _unreadable(path, error) from None
     doubled = [name for name in names if names.count(name) > 1]
     if doubled:
@@ -269,11 +271,12 @@ def _read_table(path: Path, as_text: set[str]) -> pa.Table:
     text = dict.fromkeys(as_text, pa.string())
     try:
         if path.suffix.lower() == ".csv":
-            options = pyarrow.csv.ConvertOptions(column_types=text, strings_can_be_null=True)
+            # "NA" is no number, but it may be a word: in a column of text only the empty cell is missing.
+            options = pyarrow.csv.ConvertOptions(column_types=text, strings_can_be_null=False)
             table = pyarrow.csv.read_csv(path, convert_options=options)
             if pa.binary() in table.schema.types:
                 raise SourceError(f"table {path} is not UTF-8; save it as such")
-            return table
+            return pa.table({name: _empty_is_null(table[name]) for name in table.column_names})
         table = pq.read_table(path, partitioning=None).replace_schema_metadata(None)
         fields = [pa.field(field.name, text.get(field.name, field.type)) for field in table.schema]
         return table.cast(pa.schema(fields))
@@ -282,8 +285,15 @@ def _read_table(path: Path, as_text: set[str]) -> pa.Table:
 
 
 def _unreadable(path: Path, error: Exception) -> SourceError:
-    told = "it is not UTF-8; save it as such" if "utf" in str(error).lower() else " ".join(str(error).split())
+    foreign = isinstance(error, UnicodeDecodeError) or "invalid UTF8" in str(error)
+    told = "it is not UTF-8; save it as such" if foreign else " ".join(str(error).split())
     return SourceError(f"table {path} cannot be read: {told}")
+
+
+def _empty_is_null(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    if column.type != pa.string():
+        return column
+    return pc.if_else(pc.equal(column, ""), pa.scalar(None, pa.string()), column)
 
 
 def _only_image_column(path: Path, header: list[str]) -> str:

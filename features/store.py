@@ -7,11 +7,10 @@ of samples is a numbered series of snapshots that are only ever added either. No
 from __future__ import annotations
 
 import hashlib
-import io
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import BinaryIO, Literal
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -21,7 +20,7 @@ from numpy.typing import NDArray
 from features import samples
 from features.errors import StoreError
 from features.files import Root, encode_json, now, stamp
-from features.parquet import decode_part, encode, encode_part, meta_of
+from features.parquet import decode, encode, encode_part, open_file, read_part
 from features.views import View
 
 ALL = "0/1"
@@ -122,14 +121,13 @@ class FeatureStore:
         except FileNotFoundError:
             raise StoreError(f"{self.root.path} has no snapshot {number}") from None
         try:
-            table = pq.read_table(io.BytesIO(content), page_checksum_verification=True)
-            meta = meta_of(table.schema)
+            table, meta = decode(content)
         except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
             raise StoreError(f"snapshot {number} of {self.root.path} is damaged ({error}); restore its file") from None
         if meta["format"] > FORMAT:
             raise StoreError(f"snapshot {number} has format {meta['format']}, this permafrost reads up to {FORMAT}")
         digest = hashlib.sha256(content).hexdigest()
-        return Snapshot(number, digest, table.replace_schema_metadata(None), meta["listed"])
+        return Snapshot(number, digest, table, meta["listed"])
 
     def publish(self, source: str, rows: pa.Table, listed_at: str, whole: bool = True) -> tuple[Snapshot, Outcome]:
         """Make rows the listing of a source, as the next snapshot.
@@ -179,14 +177,14 @@ class FeatureStore:
         self.root.create(name, encode_json({"digest": snapshot.digest, "owner": owner, "at": now().isoformat()}))
 
     def _newest(self) -> int:
-        names = [name for name in self.root.names("snapshots") if name.endswith(".parquet")]
-        return max((int(name.removesuffix(".parquet")) for name in names), default=0)
+        names = [name.removesuffix(".parquet") for name in self.root.names("snapshots") if name.endswith(".parquet")]
+        return max((int(name) for name in names if name.isdecimal()), default=0)
 
     def _listing_number(self) -> int:
         # Plain tools may have overwritten or damaged this one file; then it is made anew.
         try:
-            with self.root.fs.open(self.root.at("samples.parquet"), "rb") as file:
-                number: int = meta_of(pq.read_schema(file))["number"]
+            with self.root.open_native("samples.parquet") as file:
+                number: int = open_file(file)[1]["number"]
                 return number
         except (OSError, pa.ArrowException, KeyError, TypeError, ValueError):
             return 0
@@ -230,8 +228,8 @@ class FeatureStore:
         """Bring `present` up to date with the parts of a view; only new parts are read."""
         for name in self._parts(view):
             if name not in present.parts:
-                with self._open_part(view, name) as file:
-                    present.sha256.update(pq.read_table(file, columns=["sha256"])["sha256"].to_pylist())
+                with self._open_part(view, name) as part:
+                    present.sha256.update(part.read(["sha256"])["sha256"].to_pylist())
                 present.parts.add(name)
 
     def add_part(
@@ -293,8 +291,8 @@ class FeatureStore:
         keys: dict[str, int] = {}
         rows: list[NDArray[np.float32]] = []
         for name in self._parts(view):
-            with self._open_part(view, name) as file:
-                part_keys, matrix = decode_part(file)
+            with self._open_part(view, name) as part:
+                part_keys, matrix = read_part(part)
             new = [row for row, key in enumerate(part_keys) if key not in keys and (wanted is None or key in wanted)]
             keys.update(zip((part_keys[row] for row in new), range(len(keys), len(keys) + len(new)), strict=True))
             rows.append(matrix if len(new) == len(matrix) else matrix[new])
@@ -305,18 +303,20 @@ class FeatureStore:
         return [name for name in self.root.names(f"embeddings/{view.name}") if name.endswith(".parquet")]
 
     @contextmanager
-    def _open_part(self, view: View, name: str) -> Iterator[BinaryIO]:
+    def _open_part(self, view: View, name: str) -> Iterator[pq.ParquetFile]:
         where = f"part {name} of view {view.name!r}"
         try:
-            with self.root.fs.open(self.root.at(f"embeddings/{view.name}/{name}"), "rb") as file:
-                meta = meta_of(pq.read_schema(file))
+            with self.root.open_native(f"embeddings/{view.name}/{name}") as file:
+                part, meta = open_file(file)
                 if meta["format"] > FORMAT:
                     raise StoreError(f"{where} has format {meta['format']}, this permafrost reads up to {FORMAT}")
                 if meta["fingerprint"] != view.fingerprint:
                     raise StoreError(f"{where} holds embeddings of another view; remove it")
-                file.seek(0)
-                yield file
+                yield part
         except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
+            # Arrow tells of a wrong checksum by an OSError too, but without a number.
+            if isinstance(error, OSError) and error.errno:
+                raise
             raise StoreError(f"{where} is damaged ({error}); remove it, and the next run makes it anew") from None
 
 
