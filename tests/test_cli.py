@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -151,3 +152,11 @@ def test_two_views_have_to_be_told_apart(permafrost: Run, photos: Path, tmp_path
     assert "too few" in said or "fewer members" in said or "two classes" in said
     assert "note" not in permafrost(*train, "--view", "tiny-V1-penultimate").stdout
     assert set(COLOURS) == {"red", "green", "blue"}
+
+
+@pytest.mark.slow
+def test_no_process_dies_as_it_exits(photos: Path, tmp_path: Path, permafrost: Run) -> None:
+    # Arrow's threads outlive a read; with a Python file in their hands one process in eight aborted under load.
+    permafrost("extract", photos, "--store", tmp_path / "store", "--backbone", "tiny")
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(lambda _: permafrost("info", tmp_path / "store", "--json"), range(120)))
