@@ -227,18 +227,27 @@ class _Pooled(nn.Module):
     def forward(self, batch: Tensor) -> Tensor:
         embedding = self.cut(batch)["embedding"]
         shape = tuple(embedding.shape[1:]) if isinstance(embedding, Tensor) else ()
-        if len(shape) == 1:
-            return embedding  # type: ignore[no-any-return]
-        if len(shape) == 2:
-            return embedding.mean(1)  # type: ignore[no-any-return]
+        axes = _axes_to_average(shape)
+        if axes is None:
+            told = shape or "no tensor"
+            raise BackboneError(f"layer {self.layer!r} gives neither a vector, tokens nor a map, but {told}")
+        pooled: Tensor = embedding.mean(axes) if axes else embedding
+        return pooled
+
+
+def _axes_to_average(shape: tuple[int, ...]) -> tuple[int, ...] | None:
+    """Which axes of a batch hold places in the image, by the shape of one image's output; None if that is not clear."""
+    match shape:
+        case (_,):
+            return ()
+        case (_, _):  # tokens, each a vector
+            return (1,)
         # Inputs are square, so of three axes the two alike are height and width.
-        if len(shape) == 3 and shape[1] == shape[2] != shape[0]:
-            return embedding.mean((2, 3))  # type: ignore[no-any-return]
-        if len(shape) == 3 and shape[0] == shape[1] != shape[2]:
-            return embedding.mean((1, 2))  # type: ignore[no-any-return]
-        raise BackboneError(
-            f"layer {self.layer!r} gives neither a vector, tokens nor a map, but {shape or 'no tensor'}"
-        )
+        case (channels, height, width) if height == width != channels:
+            return (2, 3)
+        case (height, width, channels) if height == width != channels:
+            return (1, 2)
+    return None
 
 
 def pick_device(device: str) -> torch.device:

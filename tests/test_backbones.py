@@ -264,6 +264,11 @@ def test_other_families_give_what_their_classifying_layer_reads(name: str, tmp_p
     assert np.allclose(found, seen[0].numpy(), rtol=1e-4, atol=1e-6)
 
 
+def test_a_node_that_is_no_vector_tokens_or_map_is_refused() -> None:
+    with pytest.raises(BackboneError, match="neither a vector, tokens nor a map"):
+        backbones.load(Request.parse("shufflenet_v2_x0_5", UNTRAINED, "stage2.0.view"))
+
+
 def test_the_catalogue_has_every_classification_model() -> None:
     rows = {row["backbone"]: row for row in backbones.catalogue()}
     assert next(iter(rows)) == "tiny" and len(rows) == 1 + len(models.list_models(module=models))

@@ -99,7 +99,7 @@ def test_vectors_that_are_not_finite_stop_the_run(permafrost: Run, photos: Path,
     assert not list(tmp_path.glob("store/embeddings/*/*.parquet")) and not (tmp_path / "store/snapshots").exists()
 
 
-@pytest.mark.skipif(os.geteuid() == 0 and not Path("/proc/self").exists(), reason="needs a place no one may write")
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a place that no one may write")
 def test_a_place_that_cannot_be_written_is_one_line(permafrost: Run, photos: Path) -> None:
     said = permafrost("extract", photos, "--store", "/proc/store", "--backbone", "tiny", code=1).stderr
     assert said.splitlines()[-1].startswith("permafrost: ") and "Traceback" not in said
