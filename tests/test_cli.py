@@ -110,7 +110,7 @@ def test_an_interrupted_run_exits_130_and_the_next_goes_on(photos: Path, tmp_pat
         draw(photos / "train/red" / f"more-{number}.png", (number % 256, number // 256, 0))
     command = [sys.executable, "-m", "pipeline.cli", "extract", str(photos), "--store", str(tmp_path / "store")]
     running = subprocess.Popen([*command, "--backbone", "tiny"], stderr=subprocess.PIPE, text=True)
-    while not (tmp_path / "store/embeddings").exists():
+    while not (tmp_path / "store/embeddings").exists() and running.poll() is None:
         time.sleep(0.05)
     running.send_signal(signal.SIGINT)
     _, said = running.communicate(timeout=60)
