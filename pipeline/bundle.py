@@ -135,9 +135,13 @@ def save(out: Path, head: Any, facts: dict[str, Any], report: str) -> dict[str, 
         fresh.mkdir()
         for name, content in files.items():
             (fresh / name).write_bytes(content)
-        if out.exists():
-            out.rename(Path(scratch, "old"))
-        fresh.rename(out)
+        old = out.rename(Path(scratch, "old")) if out.exists() else None
+        try:
+            fresh.rename(out)
+        except OSError:
+            if old:
+                old.rename(out)
+            raise
     return facts
 
 

@@ -164,6 +164,24 @@ def test_a_bundle_replaces_only_a_bundle(store: FeatureStore, tmp_path: Path) ->
     assert sorted(path.name for path in (tmp_path / "bundle").iterdir()) == ["bundle.json", "head.skops", "report.md"]
 
 
+def test_an_old_bundle_outlasts_a_new_one_that_cannot_be_put_in_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = bundle.save(tmp_path / "b", heads.make("knn", "regression"), {"target": "old"}, "")
+    rename = Path.rename
+
+    def full(self: Path, target: Path) -> Path:
+        if self.name == "new":
+            raise OSError(28, "No space left on device")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", full)
+    with pytest.raises(OSError, match="No space left"):
+        bundle.save(tmp_path / "b", heads.make("knn", "regression"), {"target": "new"}, "")
+    assert bundle.load(tmp_path / "b").facts == old
+    assert [path.name for path in tmp_path.iterdir()] == ["b"]
+
+
 @pytest.mark.parametrize(
     "foreign",
     [
