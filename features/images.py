@@ -6,6 +6,7 @@ The policy is part of every view's spec. Whoever changes what it does to any ima
 from __future__ import annotations
 
 import io
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any
 
@@ -25,9 +26,18 @@ FORMATS = (
     "ICNS", "PSD",
 )
 # fmt: on
-MAX_PIXELS = 178_956_970
+MAX_MEMORY = 2**30
+"""Bytes that decoding one image may take."""
+LARGE = 2**27
+"""From so many on, images are decoded one at a time."""
 MAX_ASPECT = 100
 """Of the longer side to the shorter; transforms scale by the shorter one, which would blow up anything thinner."""
+
+# Bytes per pixel at the peak of decoding, the file's own aside, as measured with Pillow 13: most decoders fill Pillow's
+# four bytes, and turning or converting takes as many again; progressive JPEG keeps its coefficients, too.
+_BYTES_PER_PIXEL = {"WEBP": 20, "JPEG2000": 20}
+_OTHERS_BYTES_PER_PIXEL = 10
+_STRIP = 2**22
 
 POLICY: dict[str, Any] = {
     "revision": 1,
@@ -38,17 +48,19 @@ POLICY: dict[str, Any] = {
     "scale": "full",
 }
 
-TRANSIENT = frozenset({"missing", "unreadable", "out_of_memory"})
+TRANSIENT = frozenset({"missing", "unreadable", "unreachable", "timeout", "out_of_memory"})
 REASONS = TRANSIENT | {"empty", "not_an_image", "truncated", "broken", "too_large", "unsupported"}
 
 
-def decode(data: bytes) -> Image.Image:
+def decode(data: bytes, large: AbstractContextManager[None] | None = None) -> Image.Image:
     """Decode an image file by `POLICY`.
 
     Parameters
     ----------
     data : bytes
         The whole file.
+    large : context manager, optional
+        Entered while an image is decoded that takes `LARGE` bytes or more.
 
     Returns
     -------
@@ -58,18 +70,23 @@ def decode(data: bytes) -> Image.Image:
     Raises
     ------
     ImageError
-        With one of `REASONS`, ``missing`` and ``unreadable`` aside.
+        With one of `REASONS`, those aside that tell of reading the file.
     """
     if not data:
         raise ImageError("empty", "the file has no bytes")
     try:
-        with Image.open(io.BytesIO(data), formats=_formats()) as image:
-            if image.width * image.height > MAX_PIXELS or max(image.size) > MAX_ASPECT * min(image.size):
-                raise ImageError("too_large", f"{image.width} x {image.height} pixels")
+        image: Image.Image = Image.open(io.BytesIO(data), formats=_formats())
+        kind, (width, height) = image.format, image.size
+        memory = len(data) + width * height * _BYTES_PER_PIXEL.get(kind or "", _OTHERS_BYTES_PER_PIXEL)
+        if memory > MAX_MEMORY or max(width, height) > MAX_ASPECT * min(width, height):
+            raise ImageError("too_large", f"{width} x {height} pixels")
+        with large if large and memory >= LARGE else nullcontext():
             image.load()
-            rgb = _to_rgb(_upright(image))
-            rgb.format = image.format
-            return rgb
+            # Each copy takes the place of the last one, so that no more than two are held.
+            image = _upright(image)
+            image = _to_rgb(image)
+        image.format = kind
+        return image
     except ImageError:
         raise
     except UnidentifiedImageError:
@@ -113,6 +130,15 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    rgb, rows = Image.new("RGB", image.size), max(1, _STRIP // image.width)
+    for top in range(0, image.height, rows):
+        rgb.paste(_strip_to_rgb(image.crop((0, top, image.width, min(top + rows, image.height)))), (0, top))
+    return rgb
+
+
+def _strip_to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "I" or image.mode.startswith("I;16"):
         # Pillow clips these modes at 255 on conversion, which makes nearly every pixel white.
         grey = np.asarray(image.convert("I"))
