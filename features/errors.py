@@ -2,6 +2,16 @@
 
 from __future__ import annotations
 
+import re
+
+_USER = re.compile(r"\b((?!abfss?:)\w[\w+.-]*://)[^\s/@]+@")
+_QUERY = re.compile(r"(\w[\w+.-]*://[^\s?'\"]*)\?[^\s'\"]*")
+
+
+def redacted(text: str) -> str:
+    """A URL, or a text with URLs in it, without user, password and query: those may be credentials."""
+    return _QUERY.sub(r"\1", _USER.sub(r"\1", text)) if "://" in text else text
+
 
 class PermafrostError(Exception):
     """A mistake in what was asked for: a path, an option, a column, a condition."""
@@ -39,10 +49,37 @@ class BundleError(Refused):
     """The bundle is incomplete, of a newer format, or holds a type that no bundle of ours holds."""
 
 
+class TooManyFailures(PermafrostError):
+    """More samples failed than `--max-failures` allows; the listing was published all the same."""
+
+    exit_code = 3
+
+
+class Shrunk(PermafrostError):
+    """The listing lost more than half of what its source had, as it does when a disk is not mounted."""
+
+    exit_code = 4
+
+
 class NonFinite(PermafrostError):
     """The backbone gave a vector with NaN or infinity; nothing of that batch was stored."""
 
     exit_code = 6
+
+
+class Interrupted(PermafrostError):
+    """A run was asked to end early; what it had finished is kept, and nothing was published.
+
+    Parameters
+    ----------
+    message : str
+    exit_code : int
+        130 after SIGINT, 143 after SIGTERM, 7 when time was up.
+    """
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
 
 
 class ImageError(Exception):

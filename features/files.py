@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import errno
 import json
+import mmap
 import os
+import time
 import uuid
 from contextlib import suppress
 from dataclasses import dataclass
@@ -18,9 +20,13 @@ from typing import Any
 
 import fsspec
 import pyarrow as pa
+import pyarrow.parquet as pq
 
-from features.errors import StoreError
+from features.errors import StoreError, redacted
 
+CONFLICTS = 8
+"""How often an object store may say that somebody else is just writing the same object."""
+_TAIL = 2**16
 PROTOCOLS = ("file", "local", "memory", "s3", "s3a", "gs", "gcs")
 
 
@@ -48,13 +54,14 @@ class Root:
             For a filesystem that cannot create a file exclusively, or that no library here can reach.
         """
         try:
-            fs, path = fsspec.url_to_fs(url)
+            # Other processes write to the same directories, so no listing may be remembered.
+            fs, path = fsspec.url_to_fs(url, use_listings_cache=False)
         except (ImportError, ValueError) as error:
-            raise StoreError(f"store {url} cannot be reached: {error}") from None
+            raise StoreError(f"store {redacted(url)} cannot be reached: {redacted(str(error))}") from None
         protocols = (fs.protocol,) if isinstance(fs.protocol, str) else fs.protocol
         if not set(protocols) & set(PROTOCOLS):
             raise StoreError(
-                f"store {url} lies on {protocols[0]}, which cannot create a file exclusively; "
+                f"store {redacted(url)} lies on {protocols[0]}, which cannot create a file exclusively; "
                 "use a local directory, s3://, gs:// or memory://"
             )
         return cls(fs, path.rstrip("/"))
@@ -71,7 +78,6 @@ class Root:
     def names(self, directory: str) -> list[str]:
         """Sorted names in a directory; none if it is not there."""
         path = self.at(directory)
-        self.fs.invalidate_cache(path)
         try:
             return sorted(entry.rstrip("/").rpartition("/")[2] for entry in self.fs.ls(path, detail=False))
         except FileNotFoundError:
@@ -79,16 +85,52 @@ class Root:
 
     def read(self, name: str) -> bytes:
         """All bytes of a file."""
-        content: bytes = self.fs.cat_file(self.at(name))
+        # With one connection, an object store sends the object as it is now, and in one answer.
+        content: bytes = self.fs.cat_file(self.at(name), **({"max_concurrency": 1} if self._is_s3 else {}))
         return content
 
-    def open_native(self, name: str) -> pa.NativeFile:
+    def size(self, name: str) -> int:
+        """Bytes of a file."""
+        return int(self.fs.size(self.at(name)))
+
+    def open_native(self, name: str, columns: list[str] | None = None) -> pa.NativeFile:
         """A file as Arrow reads it without Python.
 
         Arrow's threads may outlive a read; if they hold a Python file, the process aborts or hangs as it exits
         (apache/arrow issues 34314 and 50482).
+
+        Parameters
+        ----------
+        name : str
+        columns : list of str, optional
+            Fetch only these columns of a Parquet file on an object store; the others' bytes are zeros.
         """
-        return pa.OSFile(self.at(name), "rb") if self.is_local else pa.BufferReader(self.read(name))
+        if self.is_local:
+            return pa.OSFile(self.at(name), "rb")
+        return pa.BufferReader(self.read(name) if columns is None else self._sparse(name, columns))
+
+    def _sparse(self, name: str, columns: list[str]) -> pa.Buffer:
+        path, size = self.at(name), self.size(name)
+        # Memory that is never touched takes no room.
+        content = mmap.mmap(-1, max(size, 1))
+
+        def fetch(start: int, end: int) -> None:
+            content[start:end] = self.fs.cat_file(path, start=start, end=end)
+
+        tail = max(0, size - _TAIL)
+        fetch(tail, size)
+        tail = min(tail, size - 8 - int.from_bytes(content[size - 8 : size - 4], "little"))
+        fetch(max(tail, 0), size)
+        meta = pq.read_metadata(pa.BufferReader(content))
+        for group in range(meta.num_row_groups):
+            for chunk in (meta.row_group(group).column(place) for place in range(meta.num_columns)):
+                if chunk.path_in_schema in columns:
+                    fetch(chunk.data_page_offset, chunk.data_page_offset + chunk.total_compressed_size)
+        return pa.py_buffer(content)
+
+    @property
+    def _is_s3(self) -> bool:
+        return "s3" in self.fs.protocol
 
     def read_json(self, name: str) -> dict[str, Any]:
         """A JSON file's content, an object.
@@ -115,11 +157,7 @@ class Root:
             False if the file was there already.
         """
         if not self.is_local:
-            try:
-                self.fs.pipe_file(self.at(name), content, mode="create")
-            except FileExistsError:
-                return False
-            return True
+            return self._create_object(self.at(name), content)
         aside = self._write_aside(content)
         target = Path(self.at(name))
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -137,6 +175,22 @@ class Root:
             aside.unlink()
         _flush(target.parent)
         return True
+
+    def _create_object(self, path: str, content: bytes) -> bool:
+        for attempt in range(CONFLICTS):
+            try:
+                # In one piece, since not every server heeds the condition when an upload in pieces ends.
+                self.fs.pipe_file(path, content, mode="create", **({"chunksize": 5 * 2**30} if self._is_s3 else {}))
+                return True
+            except OSError as error:
+                code = getattr(error.__cause__, "response", {}).get("Error", {}).get("Code")
+                if isinstance(error, FileExistsError) or code == "PreconditionFailed":
+                    # A client that got no answer tries again by itself, and then meets its own object.
+                    return bool(self.fs.cat_file(path) == content)
+                if code not in ("ConditionalRequestConflict", "OperationAborted"):
+                    raise
+            time.sleep(0.1 * 2**attempt)
+        raise StoreError(f"{path} could not be created, since others kept writing it; run again")
 
     def replace(self, name: str, content: bytes) -> None:
         """Put a file in the place of what may be there."""

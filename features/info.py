@@ -7,8 +7,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from features import samples
-from features.store import ALL, FeatureStore, Present
+from features import parts, samples
+from features.parts import Present
+from features.store import FeatureStore
 
 
 def describe(store: FeatureStore) -> dict[str, Any]:
@@ -19,7 +20,9 @@ def describe(store: FeatureStore) -> dict[str, Any]:
     dict
         ``store``; ``snapshot``, the newest one's number; ``columns``, the sources' own; ``sources``: for each its
         ``samples``, ``failed`` and when its listing last ``changed``; ``failures`` by reason; ``views``: for each its
-        ``dim``, ``images``, the ``samples`` listed and readable that it covers, ``bytes`` and ``fingerprint``.
+        ``dim``, ``images``, the ``samples`` listed and readable that it covers and those it is ``lacking``, ``parts``,
+        ``bytes`` and ``fingerprint``; ``snapshots``: how many are ``kept``, ``pinned``, and their ``bytes``;
+        ``pending``, the files that runs left which did not end.
     """
     snapshot = store.snapshot()
     table = snapshot.samples
@@ -29,15 +32,19 @@ def describe(store: FeatureStore) -> dict[str, Any]:
     views = {}
     for name, view in store.views().items():
         present = Present()
-        store.look(view, present)
+        parts.look(store.root, view, present)
         covered = pc.is_in(readable["sha256"], value_set=pa.array(sorted(present.sha256), pa.string()))
         views[name] = {
             "dim": view.dim,
             "images": len(present.sha256),
             "samples": pc.sum(covered).as_py() or 0,
-            "bytes": sum(store.root.fs.size(store.root.at(f"embeddings/{name}/{part}")) for part in present.parts),
+            "lacking": len(readable) - (pc.sum(covered).as_py() or 0),
+            "parts": len(present.parts),
+            "bytes": sum(store.root.size(f"embeddings/{name}/{part}") for part in present.parts),
             "fingerprint": view.fingerprint,
         }
+    files = store.root.names("snapshots")
+    kept = [name for name in files if name.endswith(".parquet")]
     return {
         "store": store.root.path,
         "snapshot": snapshot.number,
@@ -46,10 +53,16 @@ def describe(store: FeatureStore) -> dict[str, Any]:
             name: {
                 "samples": pc.sum(pc.equal(table["source"], name)).as_py(),
                 "failed": pc.sum(pc.equal(failed["source"], name)).as_py() or 0,
-                "changed": snapshot.listed.get(name, {}).get(ALL),
+                "changed": snapshot.listed.get(name, {}).get("0/1"),
             }
             for name in pc.unique(table["source"]).to_pylist()
         },
         "failures": {entry["values"]: entry["counts"] for entry in reasons.to_pylist()},
         "views": views,
+        "snapshots": {
+            "kept": len(kept),
+            "pinned": sum(name.endswith(".pin") for name in files),
+            "bytes": sum(store.root.size(f"snapshots/{name}") for name in kept),
+        },
+        "pending": len(store.root.names("pending")),
     }

@@ -1,24 +1,41 @@
-"""Samples to facts and pixels: read, hash, decode and transform in threads, handed on in order."""
+"""Samples to facts and pixels: read, hash, decode and transform in threads, handed on in order.
+
+Nothing that a file, a disk or a server does may hold a run up: whoever takes too long becomes a failed row, and the
+thread that waits for it is left behind.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from queue import Empty, SimpleQueue
+from threading import Event, Lock, Thread
 from typing import Any
 
 from PIL.Image import Image
 
-from features import images, samples, sources
+from features import images, locations, samples
 from features.errors import ImageError
 
 THREADS = os.cpu_count() or 1
+CONNECTIONS = max(THREADS, 16)
+"""Threads where the bytes come from another machine, since most of them wait."""
 AHEAD = 128
 """How many results may wait to be taken; bounds memory."""
+SECONDS_TO_READ = 60.0
+SECONDS_TO_DECODE = 10.0
+SECONDS_TO_END = 5.0
+THREAD = "permafrost-read"
+DELAYS = (0.5, 2.0)
+"""Seconds before what was unreachable is tried again."""
+HOPELESS = 50
+"""Once so many were tried again in vain, there is no more waiting."""
 
 Transform = Callable[[], Callable[[Image], Any]]
 
@@ -38,11 +55,27 @@ class Reading:
     """
 
     facts: dict[str, Any]
-    pixels: Any
-    seconds: dict[str, float]
+    pixels: Any = None
+    seconds: dict[str, float] = field(default_factory=dict)
 
 
-def read_all(uris: list[str], transform: Transform, present: set[str]) -> Iterator[Reading]:
+@dataclass
+class _Job:
+    """One sample to read; its deadline is infinite while nobody is to blame."""
+
+    uri: str
+    done: Event = field(default_factory=Event)
+    deadline: float = math.inf
+    result: Reading | BaseException | None = None
+    left: bool = False
+
+    def may_take(self, seconds: float) -> None:
+        self.deadline = time.monotonic() + seconds
+
+
+def read_all(
+    uris: list[str], transform: Transform, present: set[str], stopped: Callable[[], bool] = lambda: False
+) -> Iterator[Reading]:
     """Read samples in threads.
 
     Parameters
@@ -52,36 +85,96 @@ def read_all(uris: list[str], transform: Transform, present: set[str]) -> Iterat
         Gives the backbone's transform; asked only where an image needs pixels, so that the model can wait till then.
     present : set of str
         SHA-256 of the images that need no pixels; may grow while this runs.
+    stopped : callable, optional
+        Whether to end early.
 
     Yields
     ------
     Reading
         One for each of `uris`, in their order, whichever thread is done first.
     """
-    pool = ThreadPoolExecutor(THREADS)
-    running: deque[Future[Reading]] = deque()
+    jobs: SimpleQueue[_Job | None] = SimpleQueue()
+    waiting: deque[_Job] = deque()
+    threads: list[Thread] = []
+    hopeless: list[str] = []
+    one_large = Lock()
+
+    def work() -> None:
+        while job := jobs.get():
+            try:
+                job.result = _read(job, transform, present, hopeless, one_large)
+            except BaseException as error:  # Whoever takes the result raises it.
+                job.result = error
+            job.done.set()
+            if job.left:
+                return
+
+    def start() -> None:
+        # Daemons, since a thread that hangs would keep the process from its end.
+        threads.append(Thread(target=work, name=THREAD, daemon=True))
+        threads[-1].start()
+
+    def taken() -> Reading | None:
+        job = waiting.popleft()
+        while not job.done.wait(0.1):
+            if stopped():
+                return None
+            if time.monotonic() > job.deadline:
+                job.left = True
+                start()
+                return Reading(_failed("timeout: reading it took too long"))
+        if isinstance(job.result, BaseException):
+            raise job.result
+        return None if stopped() else job.result
+
+    for _ in range(THREADS if all(locations.local_path(uri) is not None for uri in uris) else CONNECTIONS):
+        start()
     try:
-        for uri in uris:
-            running.append(pool.submit(_read, uri, transform, present))
-            if len(running) > AHEAD:
-                yield running.popleft().result()
-        while running:
-            yield running.popleft().result()
+        for place, uri in enumerate(uris):
+            waiting.append(_Job(uri))
+            jobs.put(waiting[-1])
+            while len(waiting) > AHEAD or (waiting and place == len(uris) - 1):
+                reading = taken()
+                if reading is None:
+                    return
+                yield reading
     finally:
-        pool.shutdown(cancel_futures=True)
+        with suppress(Empty):
+            while True:
+                jobs.get_nowait()
+        for _ in threads:
+            jobs.put(None)
+        # An interpreter that ends beside threads in foreign code may abort; but who hangs is not waited for.
+        patience = time.monotonic() + SECONDS_TO_END
+        for thread in threads:
+            thread.join(max(0.0, patience - time.monotonic()))
 
 
-def _read(uri: str, transform: Transform, present: set[str]) -> Reading:
+def _read(job: _Job, transform: Transform, present: set[str], hopeless: list[str], one_large: Lock) -> Reading:
+    @contextmanager
+    def alone() -> Iterator[None]:
+        job.deadline = math.inf
+        # Whoever hangs in there is left behind, and the others must not wait for it.
+        entered = one_large.acquire(timeout=2 * SECONDS_TO_DECODE)
+        try:
+            job.may_take(SECONDS_TO_DECODE)
+            yield
+        finally:
+            if entered:
+                one_large.release()
+
     facts: dict[str, Any] = dict.fromkeys(samples.READ) | {"status": "ok"}
     seconds, pixels = {"read": 0.0, "decode": 0.0}, None
     try:
         begun = time.perf_counter()
-        data = sources.read(uri)
+        data = _fetch(job, hopeless)
         facts |= {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
         seconds["read"] = time.perf_counter() - begun
+        job.deadline = math.inf
         to_pixels = None if facts["sha256"] in present else transform()
         begun = time.perf_counter()
-        image = images.decode(data)
+        job.may_take(SECONDS_TO_DECODE)
+        image = images.decode(data, alone())
         facts |= {"width": image.width, "height": image.height, "format": image.format}
         if to_pixels:
             pixels = to_pixels(image)
@@ -91,3 +184,21 @@ def _read(uri: str, transform: Transform, present: set[str]) -> Reading:
     except MemoryError:
         facts |= {"status": "failed", "error": "out_of_memory: transforming it needs more memory than there was"}
     return Reading(facts, pixels, seconds)
+
+
+def _fetch(job: _Job, hopeless: list[str]) -> bytes:
+    for delay in (*DELAYS, None):
+        job.may_take(SECONDS_TO_READ)
+        try:
+            return locations.read(job.uri)
+        except ImageError as error:
+            if error.code != "unreachable" or delay is None or len(hopeless) >= HOPELESS:
+                hopeless += [job.uri] if error.code == "unreachable" else []
+                raise
+        job.deadline = math.inf
+        time.sleep(delay)
+    raise AssertionError("the last delay is None")
+
+
+def _failed(error: str) -> dict[str, Any]:
+    return dict.fromkeys(samples.READ) | {"status": "failed", "error": error}

@@ -37,6 +37,30 @@ LARGEST_EXACT = 2**53
 """Beyond this, float64 does not tell neighbouring integers apart."""
 
 
+def is_free(name: str) -> bool:
+    """Whether a source's own column may have a name."""
+    return bool(name) and name.lower() not in RESERVED and not name.lower().startswith("permafrost")
+
+
+def require_free_names(own: list[str], where: str, remedy: str) -> None:
+    """Check that no column of a source is called like one of the listing, and no two differ only in capitals.
+
+    Raises
+    ------
+    SourceError
+        Naming the column, and with the remedy.
+    """
+    clash = [name for name in own if not is_free(name)]
+    if clash:
+        raise SourceError(
+            f"column {clash[0]!r} of {where} clashes with the listing's own {clash[0].lower()!r}; {remedy}"
+        )
+    folded = [name.lower() for name in own]
+    doubled = [name for name in own if folded.count(name.lower()) > 1]
+    if doubled:
+        raise SourceError(f"columns {doubled[0]!r} and {doubled[1]!r} of {where} differ only in capitals; rename one")
+
+
 def own_columns(table: pa.Table) -> list[str]:
     """Names of the columns that come from the sources themselves."""
     return [name for name in table.column_names if name not in SCHEMA.names]

@@ -8,26 +8,24 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
-import pyarrow.parquet as pq
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from features import samples
-from features.errors import StoreError
-from features.files import Root, encode_json, now, stamp
-from features.parquet import decode, encode, encode_part, open_file, read_part
+from features import parts, samples
+from features.errors import DataError, StoreError
+from features.files import Root, encode_json, now
+from features.parquet import decode, encode, open_file
+from features.parts import FORMAT
+from features.shards import ALL, Shard
 from features.views import View
 
-ALL = "0/1"
 Outcome = Literal["published", "unchanged", "superseded"]
-FORMAT = 1
-"""Of everything under a store's root. Raise it when an older reader would misread or miss a row; keep reading the
-older ones, and keep a store of each in the tests."""
 
 
 @dataclass(frozen=True)
@@ -52,12 +50,22 @@ class Snapshot:
     listed: dict[str, dict[str, str]]
 
 
-@dataclass
-class Present:
-    """Which images a view has embeddings of, as far as its parts have been looked at."""
+class Loaded(NamedTuple):
+    """Samples and their embeddings, row by row.
 
-    sha256: set[str] = field(default_factory=set)
-    parts: set[str] = field(default_factory=set)
+    Attributes
+    ----------
+    ids : numpy.ndarray
+        str objects, shape (samples,).
+    embeddings : numpy.ndarray
+        float32, shape (samples, dim).
+    samples : pandas.DataFrame
+        By `features.samples.SCHEMA` and with the sources' own columns.
+    """
+
+    ids: NDArray[np.object_]
+    embeddings: NDArray[np.float32]
+    samples: pd.DataFrame
 
 
 @dataclass(frozen=True)
@@ -129,8 +137,10 @@ class FeatureStore:
         digest = hashlib.sha256(content).hexdigest()
         return Snapshot(number, digest, table, meta["listed"])
 
-    def publish(self, source: str, rows: pa.Table, listed_at: str, whole: bool = True) -> tuple[Snapshot, Outcome]:
-        """Make rows the listing of a source, as the next snapshot.
+    def publish(
+        self, source: str, rows: pa.Table, listed_at: str, whole: bool = True, shard: Shard = ALL
+    ) -> tuple[Snapshot, Outcome]:
+        """Make rows the listing of a source, or of a shard of it, as the next snapshot.
 
         Of several runs that publish at once, each merges its rows into what the others published before it.
 
@@ -138,33 +148,45 @@ class FeatureStore:
         ----------
         source : str
         rows : pyarrow.Table
-            By `features.samples.SCHEMA`, all of this source.
+            By `features.samples.SCHEMA`, all of this source and shard.
         listed_at : str
-            When the source was listed (ISO 8601, UTC). An older listing never replaces a newer one.
+            When the source was listed (ISO 8601, UTC). An older listing never replaces a newer one: of shards that
+            were listed later, nothing is replaced.
         whole : bool
-            Whether `rows` are all there is; otherwise they only replace rows of the same ids.
+            Whether `rows` are all there is in the shard; otherwise they only replace rows of the same ids.
+        shard : Shard, optional
 
         Returns
         -------
         snapshot : Snapshot
             The one published, or the newest.
         outcome : str
-            ``published``, ``unchanged``, or ``superseded`` by a newer listing of the same source.
+            ``published``, ``unchanged``, or ``superseded`` by newer listings of all of these samples.
         """
         while True:
             base = self.snapshot()
+            listed = {Shard.parse(text): at for text, at in base.listed.get(source, {}).items()}
             # A time to come is a clock's mistake; heeding it would freeze the listing until then.
-            if listed_at < base.listed.get(source, {}).get(ALL, "") <= now().isoformat():
+            newer = [other for other, at in listed.items() if listed_at < at <= now().isoformat()]
+            if any(other.covers(shard) for other in newer):
                 return base, "superseded"
-            gone = samples.replaced(base.samples, source, rows["id"], whole)
-            merged = samples.merge(base.samples, rows, gone)
+            mine = rows.filter(pa.array(_outside(newer, rows["id"]))) if newer else rows
+            gone = samples.replaced(base.samples, source, mine["id"], whole)
+            if newer or shard != ALL:
+                within = shard.holds(base.samples["id"]) & _outside(newer, base.samples["id"])
+                gone = pc.and_(gone, pa.array(within))
+            merged = samples.merge(base.samples, mine, gone)
             if merged.equals(base.samples):
                 return base, "unchanged"
-            number, listed = base.number + 1, base.listed | ({source: {ALL: listed_at}} if whole else {})
-            meta = {"format": FORMAT, "number": number, "created": now().isoformat(), "listed": listed}
-            content = encode(merged, meta)
+            if whole:
+                listed = {other: at for other, at in listed.items() if other in newer or not shard.covers(other)}
+                listed[shard] = listed_at
+            number = base.number + 1
+            stamps = base.listed | {source: {str(other): at for other, at in listed.items()}}
+            meta = {"format": FORMAT, "number": number, "created": now().isoformat(), "listed": stamps}
+            content = encode(merged, meta | {"previous": base.digest})
             if self.root.create(_snapshot_file(number), content):
-                return Snapshot(number, hashlib.sha256(content).hexdigest(), merged, listed), "published"
+                return Snapshot(number, hashlib.sha256(content).hexdigest(), merged, stamps), "published"
 
     def refresh_listing(self) -> None:
         """Make `samples.parquet`, which plain tools read, a copy of the newest snapshot."""
@@ -189,7 +211,7 @@ class FeatureStore:
         except (OSError, pa.ArrowException, KeyError, TypeError, ValueError):
             return 0
 
-    # Views and their parts
+    # Views
 
     def views(self) -> dict[str, View]:
         """Every view by name."""
@@ -224,100 +246,77 @@ class FeatureStore:
         there.require(view.spec)
         return there
 
-    def look(self, view: View, present: Present) -> None:
-        """Bring `present` up to date with the parts of a view; only new parts are read."""
-        for name in self._parts(view):
-            if name not in present.parts:
-                with self._open_part(view, name) as part:
-                    present.sha256.update(part.read(["sha256"])["sha256"].to_pylist())
-                present.parts.add(name)
+    def pick_view(self, name: str | None = None) -> View:
+        """The view of that name, or the only one.
 
-    def add_part(
-        self,
-        view: View,
-        sha256: list[str],
-        embeddings: NDArray[np.float32],
-        present: Present,
-        versions: dict[str, str],
-    ) -> int:
-        """Add the embeddings that the view does not have by now, as one part.
+        Raises
+        ------
+        DataError
+            If there is none of that name, none at all, or more than one to choose from.
+        """
+        views = self.views()
+        if name is None and len(views) == 1:
+            return next(iter(views.values()))
+        if name in views:
+            return views[name]
+        what = (
+            "has several views, pick one with --view"
+            if name is None and views
+            else f"has no view {name or ''}".rstrip()
+        )
+        raise DataError(f"store {self.root.path} {what}; it has {', '.join(views) or 'none: run `permafrost extract`'}")
+
+    # Reading
+
+    def load(self, view: str | None = None) -> Loaded:
+        """Read a view whole: one row for each listed sample that has an embedding, by source and id.
 
         Parameters
         ----------
-        view : View
-        sha256 : list of str
-            One per row, without doubles.
-        embeddings : numpy.ndarray
-            float32, shape (rows, dim).
-        present : Present
-            Brought up to date, the new part included.
-        versions : dict of str to str
-            Versions of the libraries that computed them.
+        view : str, optional
+            Needed where the store has more than one.
 
-        Returns
-        -------
-        int
-            How many rows were written.
+        Raises
+        ------
+        DataError
+            If there is no such view.
         """
-        self.look(view, present)
-        new = [row for row, key in enumerate(sha256) if key not in present.sha256]
-        if not new:
-            return 0
-        keys = [sha256[row] for row in new]
-        meta = {"format": FORMAT, "fingerprint": view.fingerprint, "versions": versions}
-        content = encode_part(keys, embeddings[new], meta)
-        name = f"{stamp()}-{hashlib.sha256(content).hexdigest()[:16]}.parquet"
-        self.root.create(f"embeddings/{view.name}/{name}", content)
-        present.sha256.update(keys)
-        present.parts.add(name)
-        return len(new)
+        table = self.snapshot().samples
+        table = table.filter(pc.equal(table["status"], "ok"))
+        found, embeddings = parts.gather(self.root, self.pick_view(view), table["sha256"].to_pylist())
+        if not found.all():
+            table, embeddings = table.filter(pa.array(found)), embeddings[found]
+        return Loaded(table["id"].to_numpy(), embeddings, table.to_pandas())
 
-    def embeddings(self, view: View, wanted: set[str] | None = None) -> tuple[NDArray[np.object_], NDArray[np.float32]]:
-        """Read a view, or some images' part of it; of doubles that a race left, the first counts.
+    def iter_batches(self, view: str | None = None) -> Iterator[Loaded]:
+        """Read a view part by part, for stores larger than memory; each sample comes once, in no certain order.
 
         Parameters
         ----------
-        view : View
-        wanted : set of str, optional
-            SHA-256 of the images; all by default.
+        view : str, optional
+            Needed where the store has more than one.
 
-        Returns
-        -------
-        sha256 : numpy.ndarray
-            str objects, shape (images,), without doubles.
-        embeddings : numpy.ndarray
-            float32, shape (images, dim).
+        Raises
+        ------
+        DataError
+            If there is no such view.
         """
-        keys: dict[str, int] = {}
-        rows: list[NDArray[np.float32]] = []
-        for name in self._parts(view):
-            with self._open_part(view, name) as part:
-                part_keys, matrix = read_part(part)
-            new = [row for row, key in enumerate(part_keys) if key not in keys and (wanted is None or key in wanted)]
-            keys.update(zip((part_keys[row] for row in new), range(len(keys), len(keys) + len(new)), strict=True))
-            rows.append(matrix if len(new) == len(matrix) else matrix[new])
-        stacked = np.concatenate(rows) if rows else np.empty((0, view.dim), np.float32)
-        return np.array(list(keys), dtype=object), stacked
+        table = self.snapshot().samples
+        table = table.filter(pc.equal(table["status"], "ok"))
+        listed = pd.Index(table["sha256"].to_pandas())
+        for _, keys, embeddings in parts.each(self.root, self.pick_view(view)):
+            place = pd.Index(keys).get_indexer(listed)
+            rows = np.flatnonzero(place >= 0)
+            if len(rows):
+                some = table.take(pa.array(rows))
+                yield Loaded(some["id"].to_numpy(), embeddings[place[rows]], some.to_pandas())
 
-    def _parts(self, view: View) -> list[str]:
-        return [name for name in self.root.names(f"embeddings/{view.name}") if name.endswith(".parquet")]
 
-    @contextmanager
-    def _open_part(self, view: View, name: str) -> Iterator[pq.ParquetFile]:
-        where = f"part {name} of view {view.name!r}"
-        try:
-            with self.root.open_native(f"embeddings/{view.name}/{name}") as file:
-                part, meta = open_file(file)
-                if meta["format"] > FORMAT:
-                    raise StoreError(f"{where} has format {meta['format']}, this permafrost reads up to {FORMAT}")
-                if meta["fingerprint"] != view.fingerprint:
-                    raise StoreError(f"{where} holds embeddings of another view; remove it")
-                yield part
-        except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
-            # Arrow tells of a wrong checksum by an OSError too, but without a number.
-            if isinstance(error, OSError) and error.errno:
-                raise
-            raise StoreError(f"{where} is damaged ({error}); remove it, and the next run makes it anew") from None
+def _outside(shards: list[Shard], ids: pa.ChunkedArray) -> NDArray[np.bool_]:
+    outside = np.ones(len(ids), bool)
+    for shard in shards:
+        outside &= ~shard.holds(ids)
+    return outside
 
 
 def _snapshot_file(number: int) -> str:

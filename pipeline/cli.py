@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-import json
+import errno
+import os
 import sys
+import threading
+import time
 import warnings
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
-from features.errors import PermafrostError
+from features.errors import PermafrostError, redacted
+from pipeline.cli_store import JsonOption, StoreArgument, commands
+from pipeline.console import say_result
 
 app = typer.Typer(
     help="Frozen backbones, a Parquet feature store, and scikit-learn heads that are judged honestly.",
@@ -20,8 +25,18 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-SourceArgument = Annotated[str, typer.Argument(metavar="SOURCE", help="A folder of images, or a CSV or Parquet table.")]
-StoreArgument = Annotated[str, typer.Argument(metavar="STORE", help="Directory or URL of a feature store.")]
+app.add_typer(commands)
+
+CLIENTS = ("botocore", "aiobotocore", "aiohttp", "gcsfs", "google")
+"""Libraries whose errors tell of the network, and are no OSError."""
+
+SourceArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="SOURCE",
+        help="A folder of images, a .tar shard, or a CSV, Parquet or JSON-lines table; a path or a URL.",
+    ),
+]
 BundleArgument = Annotated[Path, typer.Argument(metavar="BUNDLE", help="Directory that `train` wrote.")]
 ImageOption = Annotated[str | None, typer.Option("--image", metavar="COLUMN", help="Image column of a table.")]
 IdOption = Annotated[
@@ -36,7 +51,6 @@ WeightsOption = Annotated[
     ),
 ]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")]
-JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
 
 
 @app.command()
@@ -61,32 +75,65 @@ def extract(
     ] = None,
     precision: Annotated[str, typer.Option(help="fp32: float32 without TF32.")] = "fp32",
     device: DeviceOption = "auto",
+    shard: Annotated[str, typer.Option(metavar="I/N", help="Only shard I of N, counted from 0.")] = "0/1",
+    rehash: Annotated[bool, typer.Option("--rehash", help="Read every file, whatever its size and mtime say.")] = False,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Read again whatever failed.")] = False,
+    allow_shrink: Annotated[
+        bool, typer.Option("--allow-shrink", help="Accept a listing that lost more than half of its samples.")
+    ] = False,
+    max_failures: Annotated[
+        str | None, typer.Option(metavar="N|P%", help="Exit 3, having published, if more samples failed.")
+    ] = None,
+    max_seconds: Annotated[
+        float | None, typer.Option(min=0, metavar="S", help="Stop after so long, keep what is done, and exit 7.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done; write nothing.")] = False,
     limit: Annotated[int | None, typer.Option(min=1, metavar="N", help="Only the first N samples by id.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Embed the images of SOURCE that the store has not, and publish the listing."""
     from features import extract as extraction
+    from features.shards import Shard
     from features.sources import list_source
     from features.store import FeatureStore
     from features.views import Request
+    from pipeline import console
 
+    deadline = time.monotonic() + max_seconds if max_seconds is not None else None
     request = Request.parse(backbone, weights, layer, precision)
-    listed = list_source(source, name=name, image=image, id_column=id_column, columns=columns, limit=limit)
+    listed = list_source(
+        source,
+        name=name,
+        image=image,
+        id_column=id_column,
+        columns=columns,
+        shard=Shard.parse(shard),
+        limit=limit,
+    )
     feature_store = FeatureStore.open_or_new(store)
     if dry_run:
         record = extraction.preview(listed, feature_store, view or request.view_name)
-        _print(record, as_json, "{listed:,} listed, {gone:,} gone, {to_open:,} to open; nothing was written")
+        say_result(record, as_json, "{listed:,} listed, {gone:,} gone, {to_open:,} to open; nothing was written")
         return
-    from pipeline import console
-
-    with console.progress("embedding") as progress:
-        record = extraction.extract(listed, feature_store, request, view=view, device=device, progress=progress)
-    _print(
+    with console.stoppable(deadline) as stopped, console.progress("embedding") as progress:
+        record = extraction.extract(
+            listed,
+            feature_store,
+            request,
+            view=view,
+            device=device,
+            rehash=rehash,
+            retry_failed=retry_failed,
+            allow_shrink=allow_shrink,
+            max_failures=max_failures,
+            stopped=stopped,
+            progress=progress,
+        )
+    say_result(
         record,
         as_json,
-        "{listed:,} listed, {opened:,} opened, {embedded:,} embedded, {failed:,} failed\n"
-        "snapshot {snapshot} ({outcome}), view {view}",
+        "{listed:,} listed, {opened:,} opened, {embedded:,} embedded, {failed:,} failed in {total_seconds:,.1f} s\n"
+        "snapshot {snapshot} ({outcome}), view {view}" + ("; slowest: {bottleneck}" if record["bottleneck"] else ""),
     )
 
 
@@ -133,7 +180,7 @@ def train(
         test_where=test_where,
     )
     if as_json:
-        _print(facts | {"bundle": str(out)}, as_json, "")
+        say_result(facts | {"bundle": str(out)}, as_json, "")
     else:
         _print_scores(facts, out)
 
@@ -172,36 +219,7 @@ def predict(
     predict.write(table, out)
     failed = table["status"].to_pylist().count("failed")
     counts = {"out": str(out), "samples": len(table), "predicted": len(table) - failed, "failed": failed}
-    _print(counts, as_json, "{predicted:,} of {samples:,} samples predicted, {failed:,} failed; see {out}")
-
-
-@app.command()
-def info(store: StoreArgument, as_json: JsonOption = False) -> None:
-    """Say what is in a store."""
-    from features.info import describe
-    from features.store import FeatureStore
-    from pipeline import console
-
-    found = describe(FeatureStore.open(store))
-    if as_json:
-        _print(found, as_json, "")
-        return
-    print(f"{found['store']}, snapshot {found['snapshot']}; columns: {', '.join(found['columns']) or 'none'}\n")
-    console.table(
-        ["source", "samples", "failed", "last change"],
-        [(name, of["samples"], of["failed"], of["changed"]) for name, of in found["sources"].items()],
-    )
-    print()
-    console.table(
-        ["view", "dim", "images", "samples covered", "MB"],
-        [
-            (name, of["dim"], of["images"], of["samples"], f"{of['bytes'] / 1e6:.1f}")
-            for name, of in found["views"].items()
-        ],
-    )
-    if found["failures"]:
-        print()
-        console.table(["failed because", "samples"], list(found["failures"].items()))
+    say_result(counts, as_json, "{predicted:,} of {samples:,} samples predicted, {failed:,} failed; see {out}")
 
 
 @app.command()
@@ -212,7 +230,7 @@ def backbones(as_json: JsonOption = False) -> None:
 
     rows = catalogue()
     if as_json:
-        _print(rows, as_json, "")
+        say_result(rows, as_json, "")
         return
     console.table(
         ["backbone", "weights", "dim", "M params", "GFLOPs", "ImageNet top-1 %", "on disk"],
@@ -245,13 +263,9 @@ def demo(
     with console.progress("embedding") as progress:
         facts, predictions = run(out, progress, console.say)
     if as_json:
-        _print(facts | {"bundle": str(out / "bundle"), "predictions": str(predictions)}, as_json, "")
+        say_result(facts | {"bundle": str(out / "bundle"), "predictions": str(predictions)}, as_json, "")
     else:
         _print_scores(facts, out / "bundle")
-
-
-def _print(result: Any, as_json: bool, said: str) -> None:
-    print(json.dumps(result) if as_json else said.format(**result))
 
 
 def _print_scores(facts: dict[str, Any], out: Path) -> None:
@@ -268,15 +282,43 @@ def main() -> None:
     """Run the command line; the README lists the exit codes."""
     # Pillow warns of odd metadata, and of large images; neither says which file.
     warnings.filterwarnings("ignore", module=r"PIL\.")
+    told = ""
     try:
-        app()
+        code = app(standalone_mode=False) or 0
+    except KeyboardInterrupt:
+        code, told = 130, "interrupted; finished parts are kept, run again to go on"
     except PermafrostError as error:
-        print(f"permafrost: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+        code, told = error.exit_code, str(error)
     except OSError as error:
-        where = f": {error.filename}" if error.filename else ""
-        print(f"permafrost: {error.strerror or error}{where}", file=sys.stderr)
-        sys.exit(1)
+        code, told = 1, f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}; {_remedy(error)}"
+    except Exception as error:
+        if hasattr(error, "format_message"):  # The parser's own errors, by whatever library typer brings it.
+            command = getattr(getattr(error, "ctx", None), "command_path", "permafrost")
+            code, told = 2, f"{error.format_message()} See `{command} --help`."
+        elif type(error).__module__.partition(".")[0] in CLIENTS:
+            code, told = 1, f"the object store does not answer ({error}); check its endpoint and the credentials"
+        else:
+            raise
+    if told:
+        console_line = " ".join(redacted(told).split())
+        print(f"permafrost: {console_line}", file=sys.stderr)
+    sys.stdout.flush()
+    reading = sys.modules.get("features.reading")
+    if reading and any(thread.name == reading.THREAD for thread in threading.enumerate()):
+        # A thread that hangs in foreign code must not turn the end into an abort.
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+def _remedy(error: OSError) -> str:
+    remedies = {
+        errno.ENOSPC: "free space there and run again, finished parts are kept",
+        errno.EDQUOT: "free some of the quota and run again, finished parts are kept",
+        errno.EACCES: "check who may write there",
+        errno.EROFS: "put it where it can be written",
+    }
+    return remedies.get(error.errno or 0, "run again, finished parts are kept")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +24,47 @@ error_console = Console(stderr=True, highlight=False)
 def say(line: str) -> None:
     """A line for people, on stderr, so that stdout stays for results."""
     error_console.print(line, markup=False, soft_wrap=True)
+
+
+def say_result(result: Any, as_json: bool, said: str) -> None:
+    """Print a result on stdout, as JSON or as `said` tells it."""
+    print(json.dumps(result) if as_json else said.format(**result))
+
+
+@contextmanager
+def stoppable(deadline: float | None) -> Iterator[Callable[[], tuple[str, int] | None]]:
+    """Turn SIGTERM, Ctrl-C and a deadline into a wish to end, so that what is in hand can be finished.
+
+    A second Ctrl-C ends at once.
+
+    Parameters
+    ----------
+    deadline : float or None
+        By `time.monotonic`.
+
+    Yields
+    ------
+    callable
+        Says whether to end: why, and with which exit code.
+    """
+    told: list[tuple[str, int]] = []
+
+    def on_signal(number: int, frame: object) -> None:
+        if told and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        told.append(("interrupted", 130) if number == signal.SIGINT else ("terminated", 143))
+
+    def stopped() -> tuple[str, int] | None:
+        if not told and deadline is not None and time.monotonic() >= deadline:
+            told.append(("time is up (--max-seconds)", 7))
+        return told[0] if told else None
+
+    before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stopped
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import pandas as pd
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from features import samples
+from features import parts, samples
 from features.errors import DataError, ViewMismatch
 from features.store import FeatureStore, Snapshot
 from features.views import View
@@ -108,8 +108,9 @@ def load(
     frame = table.to_pandas()
     tested = select(table, test_where) if test_where is not None else np.zeros(len(frame), bool)
     chosen = (select(table, where) if where is not None else np.ones(len(frame), bool)) | tested
-    sha256, matrix = store.embeddings(view, set(frame.loc[chosen, "sha256"].dropna()))
-    rows = pd.Index(sha256).get_indexer(pd.Index(frame["sha256"]))
+    found = np.zeros(len(frame), bool)
+    found[chosen], matrix = parts.gather(store.root, view, table["sha256"].filter(pa.array(chosen)).to_pylist())
+    rows = np.where(found, np.cumsum(chosen) - 1, -1)
     ok, labelled = frame["status"].eq("ok").to_numpy(), frame[target].notna().to_numpy()
     left_out = {
         "failed": int((chosen & ~ok).sum()),
@@ -132,29 +133,6 @@ def load(
         raise DataError(f"no sample to test on: --test-where chose {int(tested.sum())}, none usable")
     copies = 0 if test is None else int(test.samples["sha256"].isin(train.samples["sha256"]).sum())
     return Split(train, test, task, left_out, copies)
-
-
-def pick_view(store: FeatureStore, name: str | None) -> View:
-    """The view of that name, or the only one.
-
-    Raises
-    ------
-    DataError
-        If there is none of that name, none at all, or more than one to choose from.
-    """
-    views = store.views()
-    if name is None and len(views) == 1:
-        return next(iter(views.values()))
-    if name not in views:
-        what = (
-            "has several views, pick one with --view"
-            if name is None and views
-            else f"has no view {name or ''}".rstrip()
-        )
-        raise DataError(
-            f"store {store.root.path} {what}; it has {', '.join(views) or 'none: run `permafrost extract`'}"
-        )
-    return views[name]
 
 
 def matching_view(store: FeatureStore, wanted: View) -> View:

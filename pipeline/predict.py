@@ -7,15 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from features import runs
+from features import parts, runs, samples
 from features.errors import DataError
-from features.extract import Progress, fill
+from features.extract import Progress, fill, look_ahead
+from features.guards import require_samples
 from features.sources import Source
-from features.store import FeatureStore
+from features.store import FeatureStore, Snapshot
 from features.views import Request, View
 from pipeline import dataset
 from pipeline.bundle import Bundle
@@ -77,11 +77,13 @@ def predict_source(
         with tempfile.TemporaryDirectory(prefix="permafrost-") as scratch:
             passing = FeatureStore.open_or_new(scratch)
             return predict_source(bundle, source, store=passing, weights=weights, device=device, progress=progress)
+    require_samples(source, Snapshot(0, "", samples.empty(), {}))
     request = bundle.view.request
     if weights:
         request = Request.parse(request.backbone, weights, request.layer, request.precision)
     name = _name_of(bundle.view, store)
-    filled = fill(source, store, request, name, expected=bundle.view, device=device, progress=progress)
+    plan, present, _ = look_ahead(source, store, name, store.snapshot())
+    filled = fill(source, store, request, name, (plan, present), device, progress=progress, expected=bundle.view)
     # Predictions are not listed, so no snapshot will ever make these files needless.
     runs.drop(store.root, filled.pending)
     return _predict(bundle, store, filled.view, filled.rows.select(CARRIED))
@@ -119,13 +121,12 @@ def _name_of(view: View, store: FeatureStore) -> str:
 
 def _predict(bundle: Bundle, store: FeatureStore, view: View, rows: pa.Table) -> pa.Table:
     frame = rows.to_pandas()
-    sha256, matrix = store.embeddings(view, set(frame["sha256"].dropna()))
-    place = pd.Index(sha256).get_indexer(pd.Index(frame["sha256"]))
-    there = (place >= 0) & frame["status"].eq("ok").to_numpy()
+    found, matrix = parts.gather(store.root, view, rows["sha256"].to_pylist())
+    there = found & frame["status"].eq("ok").to_numpy()
     lacking = ~there & frame["status"].eq("ok").to_numpy()
     frame.loc[lacking, "status"] = "failed"
     frame.loc[lacking, "error"] = f"not_embedded: the store's view {view.name} has no embedding of it"
-    X, classes = matrix[place[there]], bundle.facts["classes"]
+    X, classes = matrix[there], bundle.facts["classes"]
     # Estimators refuse a matrix without rows.
     predicted = bundle.head.predict(X) if len(X) else np.array(classes or [0.0])[:0]
     columns = {"prediction": _spread(predicted, there)}

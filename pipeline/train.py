@@ -58,7 +58,7 @@ def train(
         If the store does not carry what training needs.
     """
     bundle.require_free(out)
-    chosen, snapshot = dataset.pick_view(store, view), store.snapshot()
+    chosen, snapshot = store.pick_view(view), store.snapshot()
     split = dataset.load(store, chosen, snapshot, target, where=where, test_where=test_where, task=task)
     name = head or heads.DEFAULT[split.task]
     model = heads.make(name, split.task)

@@ -14,11 +14,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 
-from features import backbones, images
+from features import backbones, images, parts
 from features.backbones import Backbone
-from features.views import Request
+from features.store import FeatureStore
+from features.views import Request, View
 
 COLOURS = {"red": (220, 40, 40), "green": (40, 200, 60), "blue": (50, 60, 210)}
 
@@ -105,6 +107,15 @@ def permafrost() -> Callable[..., subprocess.CompletedProcess[str]]:
         return done
 
     return run
+
+
+def stored(store: FeatureStore, view: View) -> dict[str, NDArray[np.float32]]:
+    """Every embedding of a view by SHA-256."""
+    return {
+        key: vector
+        for _, keys, vectors in parts.each(store.root, view)
+        for key, vector in zip(keys, vectors, strict=True)
+    }
 
 
 def answer(done: subprocess.CompletedProcess[str]) -> Any:

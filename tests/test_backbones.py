@@ -10,7 +10,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torchvision import models
 
-from conftest import COLOURS, draw
+from conftest import COLOURS, draw, stored
 from features import backbones, images, weights
 from features.errors import BackboneError, ViewMismatch
 from features.extract import extract
@@ -70,12 +70,15 @@ def test_stored_embeddings_are_those_of_the_eager_model(name: str, tmp_path: Pat
     record = extract(list_source(str(folder)), store, Request.parse(name, origin))
     view = store.view(record["view"])
     assert view is not None
-    keys, stored = store.embeddings(view)
-    listed = store.snapshot().samples.to_pandas().set_index("sha256").loc[keys]
-    expected = reference(name, origin, [folder / key for key in listed["id"]])
-    assert len(stored) == len(files)
-    assert cosine(stored, expected).min() >= 0.999999
-    assert (np.linalg.norm(stored - expected, axis=1) / np.linalg.norm(expected, axis=1)).max() <= 1e-4
+    by_sha256 = stored(store, view)
+    listed = store.snapshot().samples.to_pandas().set_index("sha256").loc[list(by_sha256)]
+    expected, found = (
+        reference(name, origin, [folder / key for key in listed["id"]]),
+        np.stack(list(by_sha256.values())),
+    )
+    assert len(found) == len(files)
+    assert cosine(found, expected).min() >= 0.999999
+    assert (np.linalg.norm(found - expected, axis=1) / np.linalg.norm(expected, axis=1)).max() <= 1e-4
 
 
 @pytest.mark.parametrize("name", REFERENCE)

@@ -89,7 +89,7 @@ def store(tmp_path: Path, toy: Toy) -> FeatureStore:
 
 
 def loaded(store: FeatureStore, target: str, **options: str) -> dataset.Split:
-    return dataset.load(store, dataset.pick_view(store, None), store.snapshot(), target, **options)  # type: ignore[arg-type]
+    return dataset.load(store, store.pick_view(), store.snapshot(), target, **options)  # type: ignore[arg-type]
 
 
 def test_embeddings_meet_labels_by_content(store: FeatureStore) -> None:
@@ -122,4 +122,4 @@ def test_what_training_lacks_is_said(store: FeatureStore) -> None:
     with pytest.raises(DataError, match="no sample to test on"):
         loaded(store, "size", test_where="size > 99")
     with pytest.raises(DataError, match=r"no view other; it has toy-V1-penultimate"):
-        dataset.pick_view(store, "other")
+        store.pick_view("other")

@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from conftest import Toy, draw
+from conftest import Toy, draw, stored
 from features import backbones, images, runs
 from features import extract as extraction
 from features.errors import NonFinite, SourceError, ViewMismatch
@@ -46,7 +46,7 @@ class Box:
 
     def vectors(self) -> dict[str, list[float]]:
         (view,) = self.store.views().values()
-        by_sha256 = dict(zip(*self.store.embeddings(view), strict=True))
+        by_sha256 = stored(self.store, view)
         ids = {key: row["sha256"] for key, row in self.rows().items()}
         return {key: by_sha256[sha256].tolist() for key, sha256 in ids.items() if sha256 in by_sha256}
 
@@ -202,7 +202,7 @@ def test_an_interrupted_run_loses_no_finished_part(photos: Path, box: Box, toy: 
     toy.embedded, toy.fail_after = 0, fail_after
     with pytest.raises(KeyboardInterrupt):
         box.fill(photos)
-    kept = runs.kept(box.store.root, str(photos))[0]["id"].to_pylist()
+    kept = [key for rows in runs.kept(box.store.root, str(photos)).values() for key in rows["id"].to_pylist()]
     assert (box.store.snapshot().number, len(kept)) == (0, fail_after // 6 * 6)
     for name in kept:
         disguise(photos / name)
@@ -210,7 +210,7 @@ def test_an_interrupted_run_loses_no_finished_part(photos: Path, box: Box, toy: 
     record = box.fill(photos)
     assert record["opened"] == record["embedded"] == toy.embedded == 24 - len(kept)
     assert (box.rows(), box.vectors()) == (undisturbed.rows(), undisturbed.vectors())
-    assert runs.kept(box.store.root, str(photos))[1] == []
+    assert runs.kept(box.store.root, str(photos)) == {}
 
 
 @pytest.mark.usefixtures("small")
@@ -225,8 +225,8 @@ def test_a_vector_of_nan_stops_the_run(photos: Path, box: Box, toy: Toy, monkeyp
     with pytest.raises(NonFinite, match=r"toy gave 2 of 3 vectors with NaN or infinity"):
         box.fill(photos)
     (view,) = box.store.views().values()
-    stored = box.store.embeddings(view)[1]
-    assert (box.store.snapshot().number, len(stored), np.isfinite(stored).all()) == (0, 12, True)
+    vectors = np.stack(list(stored(box.store, view).values()))
+    assert (box.store.snapshot().number, len(vectors), np.isfinite(vectors).all()) == (0, 12, True)
 
 
 def test_a_view_refuses_another_spec_and_stays_as_it_was(photos: Path, box: Box) -> None:

@@ -8,8 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from conftest import stored
 from features import info, samples
-from features.store import FORMAT, FeatureStore
+from features.parts import FORMAT
+from features.store import FeatureStore
 from pipeline import bundle, predict
 
 FORMATS = Path(__file__).with_name("formats")
@@ -30,9 +32,8 @@ def test_an_old_store_is_read(old: Path) -> None:
     assert snapshot.number == 2 and len(store.snapshot(1).samples) == 4
     assert snapshot.samples["status"].to_pylist() == ["ok"] * 8 + ["failed"]
     assert snapshot.samples.schema.names == [*samples.SCHEMA.names, "label"]
-    keys, vectors = store.embeddings(view)
     expected = {row["sha256"]: row["id"] for row in snapshot.samples.to_pylist()}
-    for key, vector in zip(keys, vectors, strict=True):
+    for key, vector in stored(store, view).items():
         number = int(expected[key].removesuffix(".png"))
         assert (vector == np.array([number % 2, number / 8, 1], np.float32)).all()
     assert info.describe(store)["views"][view.name]["samples"] == 8

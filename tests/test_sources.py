@@ -12,18 +12,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import draw
-from features import sources
+from features import folders
 from features.errors import ImageError, SourceError
+from features.locations import read
 from features.samples import normalised
-from features.sources import Source, list_source, read
+from features.sources import Source, list_source
 
 RED = (255, 0, 0)
 UNLISTABLE = {
     "nothing": b"",
-    "a header alone": b"image,label\n",
     "too many fields": b"image\na.png,b\n",
     "too many fields over two lines": b'image,label\n"a\nb.png","x\ny",z\n',
-    "a URL": b"image\nhttps://example.com/a.png\n",
     "Latin-1 in a cell": "image,note\na.png,é\n".encode("latin-1"),
     "Latin-1 in the header": "image,é\na.png,b\n".encode("latin-1"),
     "UTF-16": "image\na.png\n".encode("utf-16"),
@@ -131,10 +130,8 @@ def test_one_folder_has_one_name_however_it_is_spelled(photos: Path, monkeypatch
 def test_what_is_no_source_is_refused_with_its_name_and_a_remedy(tmp_path: Path) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()
-    refused(empty, str(empty), "no image file")
     refused(tmp_path / "nothing", "nothing", "not there")
     refused(table(tmp_path, "x", "notes.txt"), "notes.txt", ".csv")
-    refused("https://example.com/set", "https://example.com/set", "local")
     refused(empty, "--image", image="file")
     refused(table(tmp_path, "image\na.png\n"), "--columns", columns="{name}")
 
@@ -150,8 +147,10 @@ def test_a_template_reads_columns_out_of_paths(tmp_path: Path) -> None:
 @settings(max_examples=40, deadline=None)
 def test_a_template_gives_back_the_folders_it_is_made_of(parts: list[str]) -> None:
     fields = [f"f{number}" for number in range(len(parts))]
-    found = sources._by_template(["/".join(parts) + ".png"], "/".join(f"{{{field}}}" for field in fields))
-    assert found == {field: [part] for field, part in zip(fields, parts, strict=True)}
+    found = folders._by_template(["/".join(parts) + ".png"], "/".join(f"{{{field}}}" for field in fields))
+    assert {field: values.to_pylist() for field, values in found.items()} == {
+        field: [part] for field, part in zip(fields, parts, strict=True)
+    }
 
 
 def test_a_template_that_does_not_fit_names_a_path(photos: Path) -> None:
@@ -234,7 +233,7 @@ def test_a_path_no_file_system_allows_is_a_row_and_no_crash(tmp_path: Path) -> N
     for row in rows(list_source(str(tmp_path / "t.parquet"))):
         assert row["version"] is None
         with pytest.raises(ImageError) as caught:
-            sources.read(row["uri"])
+            read(row["uri"])
         assert caught.value.code in {"missing", "unreadable"}
 
 
@@ -251,3 +250,46 @@ def test_a_limit_takes_the_first_by_id_and_says_that_there_are_more(photos: Path
     assert ids(some) == ids(whole)[:5]
     assert (whole.whole, some.whole) == (True, False)
     assert list_source(str(photos), limit=24).whole
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "ndjson"])
+def test_json_lines_keep_nested_columns_and_what_is_missing_is_null(tmp_path: Path, suffix: str) -> None:
+    text = '{"image": "img/1.png", "box": [1, 2], "shot": {"iso": 100}}\n{"image": "b.png", "price": 2.5}\n'
+    draw(tmp_path / "img" / "1.png", RED)
+    source = list_source(str(table(tmp_path, text, f"table.{suffix}")))
+    assert own(source) == [
+        {"box": None, "shot": None, "price": 2.5},
+        {"box": [1, 2], "shot": {"iso": 100}, "price": None},
+    ]
+    assert [row["version"] is None for row in rows(source)] == [True, False]
+
+
+@pytest.mark.parametrize("written", ["7", "1.10", "1000000000000000000001", '"007"', '"2026-11-21"', '"2026-11-21 10:00:00"'])
+def test_ids_in_json_lines_are_text_as_written(tmp_path: Path, written: str) -> None:
+    path = table(tmp_path, f'{{"image": "a.png", "key": {written}, "n": 1}}\n', "t.jsonl")
+    assert ids(list_source(str(path), id_column="key")) == [written.strip('"')]
+
+
+def test_a_date_is_text_as_written_though_the_images_are_numbers(tmp_path: Path) -> None:
+    path = table(tmp_path, '{"image": 10, "key": "2026-11-21"}\n{"image": 11, "key": "2026-11-22"}\n', "t.jsonl")
+    listed = rows(list_source(str(path), id_column="key"))
+    assert [(row["id"], Path(row["uri"]).name) for row in listed] == [("2026-11-21", "10"), ("2026-11-22", "11")]
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b'{"image": "a.png"}\nno\n', b'["image"]\n', b'{"image": "\xff.png"}\n']
+)
+def test_json_lines_that_are_none_are_refused_in_one_line(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "odd.jsonl").write_bytes(content)
+    refused(tmp_path / "odd.jsonl", "odd.jsonl")
+
+
+def test_a_row_of_json_lines_without_an_id_is_refused_by_its_number(tmp_path: Path) -> None:
+    path = table(tmp_path, '{"image": "a.png"}\n{"label": "x"}\n', "t.jsonl")
+    refused(path, "row 2", "--id")
+
+
+def test_a_limit_takes_the_first_ids_of_a_table_in_whatever_order_it_is(tmp_path: Path) -> None:
+    path = table(tmp_path, '{"image": "b.png"}\n{"image": "c.png"}\n{"image": "a.png"}\n', "t.jsonl")
+    some = list_source(str(path), limit=2)
+    assert (ids(some), some.whole) == (["a.png", "b.png"], False)

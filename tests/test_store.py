@@ -20,10 +20,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from features import info, runs, samples
+from conftest import stored
+from features import info, parts, runs, samples
 from features.errors import SourceError, StoreError, ViewMismatch
 from features.parquet import encode, encode_part
-from features.store import FeatureStore, Present
+from features.parts import Present
+from features.store import FeatureStore
 from features.views import Request, View
 
 VIEW = View("v", {"backbone": "toy"}, 3, Request("toy", "V1"))
@@ -51,7 +53,7 @@ def listing(source: str, *ids: str, **own: Any) -> pa.Table:
 
 
 def add(store: FeatureStore, **vectors: list[float]) -> int:
-    return store.add_part(VIEW, list(vectors), np.array(list(vectors.values()), np.float32), Present(), {})
+    return parts.add(store.root, VIEW, list(vectors), np.array(list(vectors.values()), np.float32), Present(), {})
 
 
 def intrude(store: FeatureStore, fingerprint: str = VIEW.fingerprint, **vectors: list[float]) -> None:
@@ -147,9 +149,9 @@ def test_a_part_is_named_by_its_content_and_has_the_schema_of_the_design(tmp_pat
 def test_doubles_that_a_race_left_are_dropped_and_the_first_counts(store: FeatureStore) -> None:
     assert [add(store, a=[1, 1, 1], b=[2, 2, 2]), add(store, b=[9, 9, 9])] == [2, 0]
     intrude(store, b=[9, 9, 9], c=[3, 3, 3], a=[9, 9, 9])
-    for wanted, found in ((None, {"a": 1, "b": 2, "c": 3}), ({"b", "c"}, {"b": 2, "c": 3})):
-        keys, matrix = store.embeddings(VIEW, wanted)
-        assert dict(zip(keys, matrix[:, 0].tolist(), strict=True)) == found
+    assert {key: vector[0] for key, vector in stored(store, VIEW).items()} == {"a": 1, "b": 2, "c": 3}
+    found, matrix = parts.gather(store.root, VIEW, ["c", "b", None, "c", "d"])
+    assert (found.tolist(), matrix[found][:, 0].tolist()) == ([True, True, False, True, False], [3, 2, 3])
 
 
 def test_plain_tools_read_a_view_and_join_the_samples_and_drop_doubles(tmp_path: Path, store: FeatureStore) -> None:
@@ -172,8 +174,8 @@ def test_plain_tools_read_a_view_and_join_the_samples_and_drop_doubles(tmp_path:
 @pytest.mark.parametrize("what", FILES)
 def test_a_flipped_bit_is_found_when_the_file_is_read(tmp_path: Path, store: FeatureStore, what: str) -> None:
     def read() -> tuple[object, ...]:
-        keys, matrix = store.embeddings(VIEW)
-        return keys.tolist(), matrix.tolist(), store.snapshot().samples.to_pylist()
+        vectors = stored(store, VIEW)
+        return list(vectors), np.stack(list(vectors.values())).tolist(), store.snapshot().samples.to_pylist()
 
     vectors = {hashlib.sha256(bytes([row])).hexdigest(): [row, 0.5, 1e-3] for row in range(40)}
     add(store, **vectors)
@@ -196,13 +198,13 @@ def test_damage_is_an_error_of_ours_that_names_the_file(tmp_path: Path, store: F
     for damaged in (content[:-20], content[:60] + b"!" + content[61:], b""):
         file.write_bytes(damaged)
         with pytest.raises(StoreError, match=f"{file.stem}|{what} 1"):
-            store.embeddings(VIEW) if what == "part" else store.snapshot()
+            stored(store, VIEW) if what == "part" else store.snapshot()
 
 
 def test_a_part_of_another_view_is_refused(store: FeatureStore) -> None:
     intrude(store, fingerprint="other", a=[1, 2, 3])
     with pytest.raises((StoreError, ViewMismatch)):
-        store.embeddings(VIEW)
+        stored(store, VIEW)
 
 
 def test_nothing_unfinished_ever_lies_where_a_glob_finds_it(tmp_path: Path, store: FeatureStore) -> None:

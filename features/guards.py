@@ -1,0 +1,56 @@
+"""What is checked before a run publishes: that the listing did not shrink, and how many failures are too many."""
+
+from __future__ import annotations
+
+import re
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from features.errors import PermafrostError, Shrunk, SourceError
+from features.shards import ALL
+from features.sources import Source
+from features.store import Snapshot
+
+
+def gone(source: Source, before: Snapshot) -> tuple[int, pa.ChunkedArray]:
+    """How many samples a source, and shard, had, and the ids of those that it has no more."""
+    mine = before.samples.filter(pc.equal(before.samples["source"], source.name))["id"]
+    mine = mine.filter(pa.array(source.shard.holds(mine)))
+    return len(mine), mine.filter(pc.invert(pc.is_in(mine, source.listing["id"].combine_chunks())))
+
+
+def require_samples(source: Source, before: Snapshot, allow_shrink: bool = False) -> None:
+    """Check that a source is not empty, and has not lost more than half of what it had; a shard may be empty.
+
+    Raises
+    ------
+    Shrunk
+        If more than half is gone.
+    SourceError
+        If there is nothing, and there never was.
+    """
+    had, lost = gone(source, before)
+    if source.whole and 2 * len(lost) > had and not allow_shrink:
+        raise Shrunk(
+            f"{len(lost):,} of the {had:,} samples of source {source.name} are gone, such as {lost[0].as_py()!r}; "
+            "nothing was published. Is a disk not mounted? If that is right, pass --allow-shrink"
+        )
+    if not had and not len(source.listing) and source.shard == ALL:
+        raise SourceError(f"source {source.name} holds no image; images are told by extensions such as .jpg and .png")
+
+
+def most_failures(text: str | None, listed: int) -> float:
+    """How many failed samples are not yet too many: a count, or a share of all such as ``5%``.
+
+    Raises
+    ------
+    PermafrostError
+        If it is neither.
+    """
+    if text is None:
+        return float("inf")
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)%|(\d+)", text.strip())
+    if not match:
+        raise PermafrostError(f"--max-failures {text!r} is neither a count such as 10 nor a share such as 5%")
+    return float(match[1]) / 100 * listed if match[1] else float(match[2])

@@ -1,0 +1,234 @@
+"""A view's embeddings: parts that are added and never changed, and how they are read.
+
+Whoever compacts a view writes first and deletes after. A reader that misses a part therefore lists again, and of the
+doubles that it may meet the first counts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from features.errors import StoreError
+from features.files import Root, stamp
+from features.pages import read_vectors
+from features.parquet import encode_part, open_file
+from features.views import View
+
+FORMAT = 1
+"""Of everything under a store's root. Raise it when an older reader would misread or miss a row; keep reading the
+older ones, and keep a store of each in the tests."""
+
+
+@dataclass
+class Present:
+    """Which images a view has embeddings of, as far as its parts have been looked at."""
+
+    sha256: set[str] = field(default_factory=set)
+    parts: set[str] = field(default_factory=set)
+
+
+def names(root: Root, view: View) -> list[str]:
+    """File names of a view's parts, oldest first."""
+    return [name for name in root.names(f"embeddings/{view.name}") if name.endswith(".parquet")]
+
+
+def look(root: Root, view: View, present: Present) -> None:
+    """Bring `present` up to date with the parts of a view; only new parts are read, and of those only the keys."""
+    for name, keys in _keys(root, view, present.parts):
+        present.sha256.update(keys)
+        present.parts.add(name)
+
+
+def add(
+    root: Root,
+    view: View,
+    sha256: list[str],
+    embeddings: NDArray[np.float32],
+    present: Present,
+    versions: dict[str, str],
+) -> int:
+    """Add the embeddings that a view does not have by now, as one part.
+
+    Parameters
+    ----------
+    root : Root
+    view : View
+    sha256 : list of str
+        One per row, without doubles.
+    embeddings : numpy.ndarray
+        float32, shape (rows, dim).
+    present : Present
+        Brought up to date, the new part included.
+    versions : dict of str to str
+        Versions of the libraries that computed them.
+
+    Returns
+    -------
+    int
+        How many rows were written.
+    """
+    look(root, view, present)
+    new = [row for row, key in enumerate(sha256) if key not in present.sha256]
+    if not new:
+        return 0
+    keys = [sha256[row] for row in new]
+    present.parts.add(write(root, view, keys, embeddings[new], versions))
+    present.sha256.update(keys)
+    return len(new)
+
+
+def write(root: Root, view: View, sha256: list[str], embeddings: NDArray[np.float32], versions: dict[str, str]) -> str:
+    """Write one part; returns its name."""
+    content = encode_part(sha256, embeddings, {"format": FORMAT, "fingerprint": view.fingerprint, "versions": versions})
+    name = f"{stamp()}-{hashlib.sha256(content).hexdigest()[:16]}.parquet"
+    root.create(f"embeddings/{view.name}/{name}", content)
+    return name
+
+
+def gather(root: Root, view: View, wanted: Sequence[str | None]) -> tuple[NDArray[np.bool_], NDArray[np.float32]]:
+    """Read the embeddings of some images, in their order.
+
+    Parameters
+    ----------
+    root : Root
+    view : View
+    wanted : sequence of str or None
+        SHA-256 of the images; may repeat itself.
+
+    Returns
+    -------
+    found : numpy.ndarray
+        bool, shape (images,): what the view has.
+    embeddings : numpy.ndarray
+        float32, shape (images, dim); where nothing was found, anything.
+    """
+    out = np.empty((len(wanted), view.dim), np.float32)
+    place: dict[str, int] = {}
+    first = np.fromiter(
+        (-1 if key is None else place.setdefault(key, row) for row, key in enumerate(wanted)), np.int64, len(wanted)
+    )
+    found = np.zeros(len(wanted), bool)
+    while True:
+        targets = {key: row for key, row in place.items() if not found[row]}
+        jobs: dict[str, NDArray[np.int64]] = {}
+        for name, keys in _keys(root, view, set()):
+            if not targets:
+                break
+            target = np.fromiter((targets.pop(key, -1) for key in keys), np.int64, len(keys))
+            if (target >= 0).any():
+                jobs[name] = target
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            gone = [pool.submit(_scatter, root, view, name, target, out, found) for name, target in jobs.items()]
+            if not any(job.result() for job in gone):
+                break
+    again = np.flatnonzero((first >= 0) & (first != np.arange(len(wanted))))
+    out[again], found[again] = out[first[again]], found[first[again]]
+    return found, out
+
+
+def _scatter(
+    root: Root, view: View, name: str, target: NDArray[np.int64], out: NDArray[np.float32], found: NDArray[np.bool_]
+) -> bool:
+    """Put a part's vectors into rows of `out`; returns whether the part is gone."""
+    rows, end = out.view(np.uint8), 0
+    try:
+        with opened(root, view, name) as (file, part, _):
+            for group in range(part.num_row_groups):
+                start, end = end, end + part.metadata.row_group(group).num_rows
+                to = target[start:end]
+                if (here := to >= 0).any():
+                    vectors = read_vectors(file, part, group, view.dim)
+                    rows[to[here]] = vectors if here.all() else vectors[here]
+                    found[to[here]] = True
+    except FileNotFoundError:
+        return True
+    return False
+
+
+def each(root: Root, view: View) -> Iterator[tuple[str, list[str], NDArray[np.float32]]]:
+    """Read a view part by part, without doubles: name, SHA-256, and float32 of shape (images, dim)."""
+    done, seen = set[str](), set[str]()
+    while True:
+        vanished = False
+        for name in names(root, view):
+            if name in done:
+                continue
+            try:
+                keys, vectors = read(root, view, name)
+            except FileNotFoundError:
+                vanished = True
+                continue
+            done.add(name)
+            new = [row for row, key in enumerate(keys) if key not in seen]
+            seen.update(keys)
+            if new:
+                yield name, [keys[row] for row in new], vectors if len(new) == len(keys) else vectors[new]
+        if not vanished:
+            return
+
+
+def read(root: Root, view: View, name: str) -> tuple[list[str], NDArray[np.float32]]:
+    """Read one part: SHA-256, and float32 of shape (images, dim)."""
+    with opened(root, view, name) as (file, part, _):
+        keys = part.read(["sha256"], use_threads=False)["sha256"].to_pylist()
+        groups = [read_vectors(file, part, group, view.dim) for group in range(part.num_row_groups)]
+        return keys, np.concatenate(groups).view(np.float32).reshape(len(keys), view.dim)
+
+
+def _keys(root: Root, view: View, known: set[str]) -> Iterator[tuple[str, list[str]]]:
+    """Name and SHA-256 of each part that is not known yet."""
+    done = set(known)
+    while True:
+        vanished = False
+        for name in names(root, view):
+            if name in done:
+                continue
+            try:
+                with opened(root, view, name, ["sha256"]) as (_, part, _meta):
+                    keys: list[str] = part.read(["sha256"], use_threads=False)["sha256"].to_pylist()
+            except FileNotFoundError:
+                vanished = True
+                continue
+            done.add(name)
+            yield name, keys
+        if not vanished:
+            return
+
+
+@contextmanager
+def opened(
+    root: Root, view: View, name: str, columns: list[str] | None = None
+) -> Iterator[tuple[pa.NativeFile, pq.ParquetFile, dict[str, object]]]:
+    """Open a part, or of a part on an object store some columns: its file, what Arrow makes of it, and its facts.
+
+    Raises
+    ------
+    FileNotFoundError
+        If it is gone, which compaction may do at any moment.
+    StoreError
+        If it is damaged, of a newer format, or of another view.
+    """
+    where = f"part {name} of view {view.name!r}"
+    try:
+        with root.open_native(f"embeddings/{view.name}/{name}", columns) as file:
+            part, meta = open_file(file)
+            if meta["format"] > FORMAT:
+                raise StoreError(f"{where} has format {meta['format']}, this permafrost reads up to {FORMAT}")
+            if meta["fingerprint"] != view.fingerprint:
+                raise StoreError(f"{where} holds embeddings of another view; remove it")
+            yield file, part, meta
+    except (pa.ArrowException, OSError, KeyError, IndexError, TypeError, ValueError) as error:
+        # Arrow tells of a wrong checksum by an OSError too, but without a number.
+        if isinstance(error, FileNotFoundError) or (isinstance(error, OSError) and error.errno):
+            raise
+        raise StoreError(f"{where} is damaged ({error}); remove it, and the next run makes it anew") from None
