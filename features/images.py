@@ -35,7 +35,7 @@ MAX_ASPECT = 100
 
 # Bytes per pixel at the peak of decoding, the file's own aside, as measured with Pillow 13: most decoders fill Pillow's
 # four bytes, and turning or converting takes as many again; progressive JPEG keeps its coefficients, too.
-_BYTES_PER_PIXEL = {"WEBP": 20, "JPEG2000": 20}
+_BYTES_PER_PIXEL = {"WEBP": 20, "JPEG2000": 20, "progressive": 14}
 _OTHERS_BYTES_PER_PIXEL = 10
 _STRIP = 2**22
 
@@ -77,7 +77,8 @@ def decode(data: bytes, large: AbstractContextManager[None] | None = None) -> Im
     try:
         image: Image.Image = Image.open(io.BytesIO(data), formats=_formats())
         kind, (width, height) = image.format, image.size
-        memory = len(data) + width * height * _BYTES_PER_PIXEL.get(kind or "", _OTHERS_BYTES_PER_PIXEL)
+        costs = "progressive" if "progressive" in image.info else f"{kind}"
+        memory = len(data) + width * height * _BYTES_PER_PIXEL.get(costs, _OTHERS_BYTES_PER_PIXEL)
         if memory > MAX_MEMORY or max(width, height) > MAX_ASPECT * min(width, height):
             raise ImageError("too_large", f"{width} x {height} pixels")
         with large if large and memory >= LARGE else nullcontext():

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -120,17 +120,16 @@ def gather(root: Root, view: View, wanted: Sequence[str | None]) -> tuple[NDArra
     found = np.zeros(len(wanted), bool)
     while True:
         targets = {key: row for key, row in place.items() if not found[row]}
-        jobs: dict[str, NDArray[np.int64]] = {}
-        for name, keys in _keys(root, view, set()):
-            if not targets:
-                break
-            target = np.fromiter((targets.pop(key, -1) for key in keys), np.int64, len(keys))
-            if (target >= 0).any():
-                jobs[name] = target
+        jobs: list[Future[bool]] = []
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            gone = [pool.submit(_scatter, root, view, name, target, out, found) for name, target in jobs.items()]
-            if not any(job.result() for job in gone):
-                break
+            for name, keys in _keys(root, view, set()):
+                if not targets:
+                    break
+                target = np.fromiter((targets.pop(key, -1) for key in keys), np.int64, len(keys))
+                if (target >= 0).any():
+                    jobs.append(pool.submit(_scatter, root, view, name, target, out, found))
+        if not any(job.result() for job in jobs):
+            break
     again = np.flatnonzero((first >= 0) & (first != np.arange(len(wanted))))
     out[again], found[again] = out[first[again]], found[first[again]]
     return found, out

@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from features import samples
+from features.errors import redacted
 from features.images import TRANSIENT
 
 
@@ -88,6 +89,9 @@ class Plan:
         columns = {"source": pa.repeat(source, len(place))}
         columns |= {name: self.listing[name] for name in self.listing.column_names}
         columns |= {name: facts[name] for name in samples.READ}
+        if pc.any(pc.match_substring(columns["uri"], "://")).as_py():
+            # A URL may carry a key that is not to be kept, or that changes every night.
+            columns["uri"] = pa.array([redacted(uri) for uri in columns["uri"].to_pylist()], pa.string())
         own = samples.own_columns(self.listing)
         schema = pa.schema([*samples.SCHEMA, *(self.listing.schema.field(name) for name in own)])
         return pa.table([columns[name] for name in schema.names], names=schema.names).cast(schema)

@@ -150,8 +150,8 @@ class FeatureStore:
         rows : pyarrow.Table
             By `features.samples.SCHEMA`, all of this source and shard.
         listed_at : str
-            When the source was listed (ISO 8601, UTC). An older listing never replaces a newer one: of shards that
-            were listed later, nothing is replaced.
+            When the source was listed (ISO 8601, UTC). An older listing never replaces a newer one: of shards whose
+            later listing was published, nothing is replaced.
         whole : bool
             Whether `rows` are all there is in the shard; otherwise they only replace rows of the same ids.
         shard : Shard, optional

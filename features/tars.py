@@ -45,7 +45,7 @@ def members(uri: str) -> tuple[list[str], list[str], dict[str, pa.Array]]:
         try:
             with tarfile.open(fileobj=file, mode="r:") as tar:
                 for member in tar:
-                    tar.members = []  # They are kept otherwise, all of them.
+                    tar.members = []  # type: ignore[attr-defined]  # They are kept otherwise, all of them.
                     name = locations.as_text(member.name.removeprefix("./"))
                     folder, slash, base = name.rpartition("/")
                     stem, _, suffixes = base.partition(".")
@@ -60,7 +60,7 @@ def members(uri: str) -> tuple[list[str], list[str], dict[str, pa.Array]]:
                         content = tar.extractfile(member)
                         told = content.read().decode("utf-8", "replace") if content else ""
                         beside.setdefault(key, {}).update(_columns(suffix, told))
-                file.seek(tar.offset)  # type: ignore[attr-defined]
+                file.seek(tar.offset)
                 # A shard that is cut off between two members looks as if it ended there, but for the block of zeros.
                 whole = file.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
         except (tarfile.TarError, EOFError):

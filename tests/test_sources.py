@@ -264,7 +264,9 @@ def test_json_lines_keep_nested_columns_and_what_is_missing_is_null(tmp_path: Pa
     assert [row["version"] is None for row in rows(source)] == [True, False]
 
 
-@pytest.mark.parametrize("written", ["7", "1.10", "1000000000000000000001", '"007"', '"2026-11-21"', '"2026-11-21 10:00:00"'])
+@pytest.mark.parametrize(
+    "written", ["7", "1.10", "1000000000000000000001", '"007"', '"2026-11-21"', '"2026-11-21 10:00:00"']
+)
 def test_ids_in_json_lines_are_text_as_written(tmp_path: Path, written: str) -> None:
     path = table(tmp_path, f'{{"image": "a.png", "key": {written}, "n": 1}}\n', "t.jsonl")
     assert ids(list_source(str(path), id_column="key")) == [written.strip('"')]
