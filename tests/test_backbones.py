@@ -20,6 +20,7 @@ from features.views import PENULTIMATE, UNTRAINED, Request, View
 
 SHIPPED = {"mobilenet_v2": "mobilenet_v2-imagenet.pth", "squeezenet1_1": "squeezenet1_1-imagenet.pth"}
 REFERENCE = ["mobilenet_v2", "squeezenet1_1", "resnet18", "vit_b_16", "convnext_tiny", "efficientnet_b0"]
+LARGE = ("vit_b_16", "convnext_tiny")
 
 
 def weights_for(name: str, testdata: Path | None) -> str:
@@ -81,7 +82,9 @@ def test_stored_embeddings_are_those_of_the_eager_model(name: str, tmp_path: Pat
     assert (np.linalg.norm(found - expected, axis=1) / np.linalg.norm(expected, axis=1)).max() <= 1e-4
 
 
-@pytest.mark.parametrize("name", REFERENCE)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in LARGE else []) for name in REFERENCE]
+)
 def test_batch_size_changes_nothing_and_the_model_stays_as_it_was(name: str, real_weights: Path | None) -> None:
     backbone = backbones.load(Request.parse(name, weights_for(name, real_weights)))
     before = {key: value.clone() for key, value in backbone.model.state_dict().items()}

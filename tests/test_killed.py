@@ -136,7 +136,7 @@ def world(source: Path, tmp_path: Path) -> World:
 
 
 @pytest.mark.parametrize(
-    ("kills", "repetition"), [(5, 0), *(pytest.param(20, n, marks=pytest.mark.slow) for n in range(1, 4))]
+    ("kills", "repetition"), [(5, 0), *(pytest.param(20, n, marks=pytest.mark.slow) for n in range(1, 2))]
 )
 def test_what_was_finished_survives_kills(
     world: World, undisturbed: tuple[World, float], kills: int, repetition: int
@@ -197,6 +197,7 @@ def test_two_runs_at_once_leave_one_listing(
     world.require_equal(undisturbed[0], doubles=True)
 
 
+@pytest.mark.slow
 def test_two_sources_at_once_are_both_listed(world: World, undisturbed: tuple[World, float]) -> None:
     sources = [world.source / "class0", world.source / "class1"]
     for running in [world.start(source=folder) for folder in sources]:
