@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
@@ -45,7 +46,7 @@ def names(root: Root, view: View) -> list[str]:
 def look(root: Root, view: View, present: Present) -> None:
     """Bring `present` up to date with the parts of a view; only new parts are read, and of those only the keys."""
     for name, keys in _keys(root, view, present.parts):
-        present.sha256.update(keys)
+        present.sha256.update(keys.to_pylist())
         present.parts.add(name)
 
 
@@ -95,15 +96,15 @@ def write(root: Root, view: View, sha256: list[str], embeddings: NDArray[np.floa
     return name
 
 
-def gather(root: Root, view: View, wanted: Sequence[str | None]) -> tuple[NDArray[np.bool_], NDArray[np.float32]]:
+def gather(root: Root, view: View, wanted: pa.ChunkedArray) -> tuple[NDArray[np.bool_], NDArray[np.float32]]:
     """Read the embeddings of some images, in their order.
 
     Parameters
     ----------
     root : Root
     view : View
-    wanted : sequence of str or None
-        SHA-256 of the images; may repeat itself.
+    wanted : pyarrow.ChunkedArray
+        SHA-256 of the images; may repeat itself, and nulls are not found.
 
     Returns
     -------
@@ -112,27 +113,36 @@ def gather(root: Root, view: View, wanted: Sequence[str | None]) -> tuple[NDArra
     embeddings : numpy.ndarray
         float32, shape (images, dim); where nothing was found, anything.
     """
-    out = np.empty((len(wanted), view.dim), np.float32)
-    place: dict[str, int] = {}
-    first = np.fromiter(
-        (-1 if key is None else place.setdefault(key, row) for row, key in enumerate(wanted)), np.int64, len(wanted)
-    )
-    found = np.zeros(len(wanted), bool)
+    out, found = np.empty((len(wanted), view.dim), np.float32), np.zeros(len(wanted), bool)
+    first = _places(wanted, wanted)
     while True:
-        targets = {key: row for key, row in place.items() if not found[row]}
-        jobs: list[Future[bool]] = []
+        parts = list(_keys(root, view, set()))
+        place = _places(pa.chunked_array([chunk for _, keys in parts for chunk in keys.chunks], pa.string()), wanted)
+        # Of doubles the first counts, and what was found before a part vanished stays.
+        target = np.full(len(place), -1)
+        rows, at = np.unique(place, return_index=True)
+        kept = (rows >= 0) & ~found[rows]
+        target[at[kept]] = rows[kept]
+        ends = np.cumsum([len(keys) for _, keys in parts], dtype=np.int64)
+        targets = np.split(target, ends[:-1]) if parts else []
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            for name, keys in _keys(root, view, set()):
-                if not targets:
-                    break
-                target = np.fromiter((targets.pop(key, -1) for key in keys), np.int64, len(keys))
-                if (target >= 0).any():
-                    jobs.append(pool.submit(_scatter, root, view, name, target, out, found))
+            jobs = [
+                pool.submit(_scatter, root, view, name, some, out, found)
+                for (name, _), some in zip(parts, targets, strict=True)
+                if (some >= 0).any()
+            ]
         if not any(job.result() for job in jobs):
             break
     again = np.flatnonzero((first >= 0) & (first != np.arange(len(wanted))))
     out[again], found[again] = out[first[again]], found[first[again]]
     return found, out
+
+
+def _places(keys: pa.ChunkedArray, among: pa.ChunkedArray) -> NDArray[np.int64]:
+    """Where each key first stands among others, or -1."""
+    found = pc.index_in(keys, value_set=among.combine_chunks(), skip_nulls=True)
+    places: NDArray[np.int64] = found.fill_null(-1).to_numpy().astype(np.int64)
+    return places
 
 
 def _scatter(
@@ -184,7 +194,7 @@ def read(root: Root, view: View, name: str) -> tuple[list[str], NDArray[np.float
         return keys, np.concatenate(groups).view(np.float32).reshape(len(keys), view.dim)
 
 
-def _keys(root: Root, view: View, known: set[str]) -> Iterator[tuple[str, list[str]]]:
+def _keys(root: Root, view: View, known: set[str]) -> Iterator[tuple[str, pa.ChunkedArray]]:
     """Name and SHA-256 of each part that is not known yet."""
     done = set(known)
     while True:
@@ -194,7 +204,7 @@ def _keys(root: Root, view: View, known: set[str]) -> Iterator[tuple[str, list[s
                 continue
             try:
                 with opened(root, view, name, ["sha256"]) as (_, part, _meta):
-                    keys: list[str] = part.read(["sha256"], use_threads=False)["sha256"].to_pylist()
+                    keys = part.read(["sha256"], use_threads=False)["sha256"]
             except FileNotFoundError:
                 vanished = True
                 continue

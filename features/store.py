@@ -283,7 +283,7 @@ class FeatureStore:
         """
         table = self.snapshot().samples
         table = table.filter(pc.equal(table["status"], "ok"))
-        found, embeddings = parts.gather(self.root, self.pick_view(view), table["sha256"].to_pylist())
+        found, embeddings = parts.gather(self.root, self.pick_view(view), table["sha256"])
         if not found.all():
             table, embeddings = table.filter(pa.array(found)), embeddings[found]
         return Loaded(table["id"].to_numpy(), embeddings, table.to_pandas())

@@ -109,7 +109,7 @@ def load(
     tested = select(table, test_where) if test_where is not None else np.zeros(len(frame), bool)
     chosen = (select(table, where) if where is not None else np.ones(len(frame), bool)) | tested
     found = np.zeros(len(frame), bool)
-    found[chosen], matrix = parts.gather(store.root, view, table["sha256"].filter(pa.array(chosen)).to_pylist())
+    found[chosen], matrix = parts.gather(store.root, view, table["sha256"].filter(pa.array(chosen)))
     rows = np.where(found, np.cumsum(chosen) - 1, -1)
     ok, labelled = frame["status"].eq("ok").to_numpy(), frame[target].notna().to_numpy()
     left_out = {

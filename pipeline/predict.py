@@ -121,7 +121,7 @@ def _name_of(view: View, store: FeatureStore) -> str:
 
 def _predict(bundle: Bundle, store: FeatureStore, view: View, rows: pa.Table) -> pa.Table:
     frame = rows.to_pandas()
-    found, matrix = parts.gather(store.root, view, rows["sha256"].to_pylist())
+    found, matrix = parts.gather(store.root, view, rows["sha256"])
     there = found & frame["status"].eq("ok").to_numpy()
     lacking = ~there & frame["status"].eq("ok").to_numpy()
     frame.loc[lacking, "status"] = "failed"

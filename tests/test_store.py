@@ -150,7 +150,7 @@ def test_doubles_that_a_race_left_are_dropped_and_the_first_counts(store: Featur
     assert [add(store, a=[1, 1, 1], b=[2, 2, 2]), add(store, b=[9, 9, 9])] == [2, 0]
     intrude(store, b=[9, 9, 9], c=[3, 3, 3], a=[9, 9, 9])
     assert {key: vector[0] for key, vector in stored(store, VIEW).items()} == {"a": 1, "b": 2, "c": 3}
-    found, matrix = parts.gather(store.root, VIEW, ["c", "b", None, "c", "d"])
+    found, matrix = parts.gather(store.root, VIEW, pa.chunked_array([["c", "b", None, "c", "d"]]))
     assert (found.tolist(), matrix[found][:, 0].tolist()) == ([True, True, False, True, False], [3, 2, 3])
 
 

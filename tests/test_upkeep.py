@@ -26,7 +26,7 @@ def store(tmp_path: Path) -> FeatureStore:
 
 
 def first_coordinates(store: FeatureStore, *numbers: int) -> list[float | None]:
-    found, vectors = parts.gather(store.root, VIEW, [key(number) for number in numbers])
+    found, vectors = parts.gather(store.root, VIEW, pa.chunked_array([[key(number) for number in numbers]]))
     return [float(vector[0]) if there else None for there, vector in zip(found, vectors, strict=True)]
 
 
