@@ -188,7 +188,11 @@ def test_short_runs_come_to_an_end(world: World, undisturbed: tuple[World, float
     world.require_equal(undisturbed[0])
 
 
-@pytest.mark.parametrize("options", [[(), ()], [("--shard", "0/2"), ("--shard", "1/2")]], ids=["same", "shards"])
+@pytest.mark.parametrize(
+    "options",
+    [[(), ()], pytest.param([("--shard", "0/2"), ("--shard", "1/2")], marks=pytest.mark.slow)],
+    ids=["same", "shards"],
+)
 def test_two_runs_at_once_leave_one_listing(
     world: World, undisturbed: tuple[World, float], options: list[tuple[str, ...]]
 ) -> None:

@@ -66,6 +66,7 @@ def test_systemd(tmp_path: Path, photos: Path) -> None:
     assert everything_is_listed(tmp_path / "s")
 
 
+@pytest.mark.slow
 def test_kubernetes(tmp_path: Path, photos: Path) -> None:
     job: Any = yaml.safe_load(*blocks("yaml"))["spec"]["jobTemplate"]["spec"]
     (container,) = job["template"]["spec"]["containers"]
@@ -75,6 +76,7 @@ def test_kubernetes(tmp_path: Path, photos: Path) -> None:
     assert everything_is_listed(tmp_path / "s")
 
 
+@pytest.mark.slow
 def test_slurm(tmp_path: Path, photos: Path) -> None:
     (script,) = blocks("bash slurm")
     found = re.search(r"--array=0-(\d+)", script)
