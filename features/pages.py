@@ -7,13 +7,13 @@ Source: the Parquet format's description of data pages and of Thrift's compact p
 
 from __future__ import annotations
 
-import zlib
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
+from zlib_ng.zlib_ng import crc32
 
 _CODECS = {"UNCOMPRESSED": None, "LZ4": "lz4_raw", "SNAPPY": "snappy", "ZSTD": "zstd"}
 _DATA_PAGE, _PLAIN = 0, 0
@@ -55,7 +55,7 @@ def read_vectors(file: pa.NativeFile, opened: pq.ParquetFile, group: int, dim: i
         if (header[1], header[5][2]) != (_DATA_PAGE, _PLAIN) or not fits:
             raise ValueError("a page's header is damaged")
         body, at = buffer[at : at + size], at + size
-        if zlib.crc32(body) != header[4] & 0xFFFFFFFF:
+        if crc32(body) != header[4] & 0xFFFFFFFF:
             raise OSError("a page's checksum is wrong")
         content = memoryview(pa.Codec(codec).decompress(body, header[2])).cast("B") if codec else body
         start = 0

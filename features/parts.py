@@ -114,15 +114,13 @@ def gather(root: Root, view: View, wanted: pa.ChunkedArray) -> tuple[NDArray[np.
         float32, shape (images, dim); where nothing was found, anything.
     """
     out, found = np.empty((len(wanted), view.dim), np.float32), np.zeros(len(wanted), bool)
-    first = _places(wanted, wanted)
     while True:
         parts = list(_keys(root, view, set()))
         place = _places(pa.chunked_array([chunk for _, keys in parts for chunk in keys.chunks], pa.string()), wanted)
-        # Of doubles the first counts, and what was found before a part vanished stays.
-        target = np.full(len(place), -1)
-        rows, at = np.unique(place, return_index=True)
-        kept = (rows >= 0) & ~found[rows]
-        target[at[kept]] = rows[kept]
+        # Of doubles the first counts, and what was found before a part vanished stays; the last slot is for -1.
+        at, first = np.arange(len(place)), np.empty(len(wanted) + 1, np.int64)
+        first[place[::-1]] = at[::-1]
+        target = np.where((first[place] == at) & ~np.append(found, True)[place], place, -1)
         ends = np.cumsum([len(keys) for _, keys in parts], dtype=np.int64)
         targets = np.split(target, ends[:-1]) if parts else []
         with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -133,8 +131,10 @@ def gather(root: Root, view: View, wanted: pa.ChunkedArray) -> tuple[NDArray[np.
             ]
         if not any(job.result() for job in jobs):
             break
-    again = np.flatnonzero((first >= 0) & (first != np.arange(len(wanted))))
-    out[again], found[again] = out[first[again]], found[first[again]]
+    # Where a key repeats itself, only its first row was filled.
+    if len(again := np.flatnonzero(~found)):
+        first = _places(wanted.take(pa.array(again)), wanted)
+        out[again], found[again] = out[first], (first >= 0) & found[first]
     return found, out
 
 
