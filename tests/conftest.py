@@ -1,16 +1,20 @@
-"""What all tests share: drawn images, a backbone to compute in one's head, the command line, the real data."""
+"""What all tests share: drawn images, a backbone to compute in one's head, the command line, an S3 server, the data."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+import uuid
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pytest
 import torch
@@ -22,6 +26,7 @@ from features.backbones import Backbone
 from features.store import FeatureStore
 from features.views import Request, View
 
+SECRET = "a-very-recognisable-secret"
 COLOURS = {"red": (220, 40, 40), "green": (40, 200, 60), "blue": (50, 60, 210)}
 
 
@@ -107,6 +112,46 @@ def permafrost() -> Callable[..., subprocess.CompletedProcess[str]]:
         return done
 
     return run
+
+
+@pytest.fixture(scope="session")
+def moto(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Where a server answers that acts like S3."""
+    yield from serving(tmp_path_factory.mktemp("moto") / "log")
+
+
+def serving(log: Path, **environment: str) -> Iterator[str]:
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", "0"]
+    with log.open("wb") as file:
+        server = subprocess.Popen(command, stdout=file, stderr=file, env=os.environ | environment)
+    try:
+        patience = time.monotonic() + 60
+        while not (found := re.search(r"Running on (http://127\.0\.0\.1:\d+)", log.read_text())):
+            assert server.poll() is None and time.monotonic() < patience, log.read_text()
+            time.sleep(0.05)
+        yield found[1]
+    finally:
+        server.terminate()
+        server.wait(10)
+
+
+@pytest.fixture
+def bucket(moto: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """An empty bucket's URL, in an environment that reaches nothing else."""
+    for name in [name for name in os.environ if name.startswith(("AWS_", "FSSPEC_S3"))]:
+        monkeypatch.delenv(name)
+    environment = dict.fromkeys(("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"), os.devnull)
+    environment |= dict.fromkeys(("NO_PROXY", "no_proxy"), "127.0.0.1")
+    environment |= {"AWS_ENDPOINT_URL": moto, "AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": SECRET}
+    environment |= {"AWS_DEFAULT_REGION": "us-east-1", "AWS_EC2_METADATA_DISABLED": "true"}
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    fs = fsspec.filesystem("s3", skip_instance_cache=True)
+    type(fs).clear_instance_cache()
+    name = f"test-{uuid.uuid4().hex}"
+    fs.mkdir(name)
+    yield f"s3://{name}"
+    type(fs).clear_instance_cache()
 
 
 def stored(store: FeatureStore, view: View) -> dict[str, NDArray[np.float32]]:

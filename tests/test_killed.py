@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -43,19 +44,31 @@ Permafrost = Callable[..., subprocess.CompletedProcess[str]]
 
 @dataclass
 class World:
-    """A source, a store, a log of every read, and how to start processes that share them."""
+    """A source, a store, a log of every read, and how to start processes that share them.
+
+    Where the store is remote, `store` is where `fetch` puts a copy of it.
+    """
 
     source: Path
     store: Path
     log: Path
+    remote: str | None = None
 
     def start(self, *options: object, source: Path | None = None, seconds: float = 0.004) -> subprocess.Popen[str]:
         command = [sys.executable, "-c", DRIVER, self.log, seconds, "extract", source or self.source]
-        command += ["--store", self.store, "--backbone", "tiny", "--json", *options]
+        command += ["--store", self.remote or self.store, "--backbone", "tiny", "--json", *options]
         return subprocess.Popen([*map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
     def end(self, *options: object, code: int = 0, seconds: float = 0.004) -> str:
         return ended(self.start(*options, seconds=seconds), code)
+
+    def fetch(self) -> None:
+        if self.remote:
+            shutil.rmtree(self.store, ignore_errors=True)
+            fs, path = fsspec.url_to_fs(self.remote, use_listings_cache=False)
+            for name in fs.find(path):
+                (file := self.store / Path(name).relative_to(path)).parent.mkdir(parents=True, exist_ok=True)
+                file.write_bytes(fs.cat_file(name))
 
     def reads(self) -> list[str]:
         return self.log.read_text().splitlines() if self.log.exists() else []
@@ -135,26 +148,39 @@ def world(source: Path, tmp_path: Path) -> World:
     return World(source, tmp_path / "store", tmp_path / "log")
 
 
-@pytest.mark.parametrize(
-    ("kills", "repetition"), [(5, 0), *(pytest.param(20, n, marks=pytest.mark.slow) for n in range(1, 2))]
-)
-def test_what_was_finished_survives_kills(
-    world: World, undisturbed: tuple[World, float], kills: int, repetition: int
-) -> None:
-    when = random.Random(repetition)
+def kill_at_random(world: World, undisturbed: tuple[World, float], kills: int, seed: int) -> None:
+    """Kill runs until one may go on to the end; what was finished before each is not read again."""
+    when = random.Random(seed)
     for kill in range(kills + 1):
         finished, before = world.finished(), len(world.reads())
-        # Slower near the end, when there is little left to be killed in.
-        running = world.start(seconds=0.004 + 0.004 * kill / kills)
+        running = world.start(seconds=0.01)
         if kill < kills:
-            time.sleep(when.uniform(0, undisturbed[1]))
+            until = min(400, before + when.randrange(800 // kills))
+            while len(world.reads()) < until and running.poll() is None:
+                time.sleep(0.01)
+            # With all of it read, starting, embedding and publishing are left to be killed in.
+            time.sleep(when.uniform(0, undisturbed[1] if before >= 400 else 0.5))
             running.kill()
             running.communicate()
         else:
             ended(running)
+        world.fetch()
         assert not finished & set(world.reads()[before:])
     world.require_equal(undisturbed[0])
     assert json.loads(world.end())["opened"] == 0
+
+
+@pytest.mark.parametrize(("kills", "seed"), [(5, 0), pytest.param(20, 1, marks=pytest.mark.slow)])
+def test_what_was_finished_survives_kills(
+    world: World, undisturbed: tuple[World, float], kills: int, seed: int
+) -> None:
+    kill_at_random(world, undisturbed, kills, seed)
+
+
+@pytest.mark.slow
+def test_what_was_finished_survives_kills_on_s3(world: World, undisturbed: tuple[World, float], bucket: str) -> None:
+    world.remote = f"{bucket}/store"
+    kill_at_random(world, undisturbed, 5, 2)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (None, 7)])
@@ -198,6 +224,15 @@ def test_two_runs_at_once_leave_one_listing(
 ) -> None:
     for running in [world.start(*some) for some in options]:
         ended(running)
+    world.require_equal(undisturbed[0], doubles=True)
+
+
+@pytest.mark.slow
+def test_two_runs_at_once_on_s3_leave_one_listing(world: World, undisturbed: tuple[World, float], bucket: str) -> None:
+    world.remote = f"{bucket}/store"
+    for running in [world.start(), world.start()]:
+        ended(running)
+    world.fetch()
     world.require_equal(undisturbed[0], doubles=True)
 
 
