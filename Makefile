@@ -18,7 +18,7 @@ test: install
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow" -n 2
 
 slow: install
-	$(BIN)/pytest -m slow
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow -n 2
 
 lint: install
 	$(BIN)/ruff check .

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import io
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL.JpegImagePlugin import JpegImageFile
 
 from features.errors import ImageError
 
@@ -47,13 +49,35 @@ POLICY: dict[str, Any] = {
     "sixteen_bit": "grey divided by 257, colour by its high byte",
     "scale": "full",
 }
+REDUCED_SIDE = 1024
+REDUCED = POLICY | {"revision": 2, "scale": f"JPEG halved while its shorter side keeps {REDUCED_SIDE} pixels"}
+"""For transforms that resize to a third of that at most, where what is lost is far below the rounding to bytes."""
 
 TRANSIENT = frozenset({"missing", "unreadable", "unreachable", "timeout", "out_of_memory"})
 REASONS = TRANSIENT | {"empty", "not_an_image", "truncated", "broken", "too_large", "unsupported"}
 
 
-def decode(data: bytes, large: AbstractContextManager[None] | None = None) -> Image.Image:
-    """Decode an image file by `POLICY`.
+@dataclass(frozen=True)
+class Decoded:
+    """An image, and what its file says of it.
+
+    Attributes
+    ----------
+    image : PIL.Image.Image
+        Mode RGB, upright.
+    width, height : int
+        As the image is shown in full, in pixels.
+    format : str
+    """
+
+    image: Image.Image
+    width: int
+    height: int
+    format: str
+
+
+def decode(data: bytes, large: AbstractContextManager[None] | None = None, reduced: bool = False) -> Decoded:
+    """Decode an image file by `POLICY`, or by `REDUCED`.
 
     Parameters
     ----------
@@ -61,11 +85,8 @@ def decode(data: bytes, large: AbstractContextManager[None] | None = None) -> Im
         The whole file.
     large : context manager, optional
         Entered while an image is decoded that takes `LARGE` bytes or more.
-
-    Returns
-    -------
-    PIL.Image.Image
-        Mode RGB, upright; ``format`` names the file format.
+    reduced : bool
+        Whether by `REDUCED`: libjpeg then computes fewer pixels from the same coefficients.
 
     Raises
     ------
@@ -82,12 +103,17 @@ def decode(data: bytes, large: AbstractContextManager[None] | None = None) -> Im
         if memory > MAX_MEMORY or max(width, height) > MAX_ASPECT * min(width, height):
             raise ImageError("too_large", f"{width} x {height} pixels")
         with large if large and memory >= LARGE else nullcontext():
+            drafted = reduced and isinstance(image, JpegImageFile) and image.draft(None, (REDUCED_SIDE, REDUCED_SIDE))
             image.load()
+            turn = _turn(image)
             # Each copy takes the place of the last one, so that no more than two are held.
-            image = _upright(image)
+            image = image if turn is None else image.transpose(turn)
             image = _to_rgb(image)
-        image.format = kind
-        return image
+        if not drafted:
+            width, height = image.size
+        elif turn in _LYING:
+            width, height = height, width
+        return Decoded(image, width, height, f"{kind}")
     except ImageError:
         raise
     except UnidentifiedImageError:
@@ -112,6 +138,7 @@ _TURNED = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_LYING = {_TURNED[value] for value in (5, 6, 7, 8)}
 
 
 @cache
@@ -121,13 +148,12 @@ def _formats() -> list[str]:
     return [name for name in FORMATS if name in Image.OPEN]
 
 
-def _upright(image: Image.Image) -> Image.Image:
+def _turn(image: Image.Image) -> Image.Transpose | None:
     try:
-        turned = _TURNED.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+        return _TURNED.get(image.getexif().get(ExifTags.Base.Orientation, 1))
     # Broken EXIF says nothing about the pixels: they stay as they lie in the file.
     except Exception:
-        turned = None
-    return image if turned is None else image.transpose(turned)
+        return None
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -1,4 +1,4 @@
-"""Samples to facts and pixels: read, hash, decode and transform in threads, handed on in order.
+"""Samples to facts and pixels: read, hash, decode and crop in threads, handed on in order.
 
 Nothing that a file, a disk or a server does may hold a run up: whoever takes too long becomes a failed row, and the
 thread that waits for it is left behind.
@@ -26,8 +26,8 @@ from features.errors import ImageError
 THREADS = os.cpu_count() or 1
 CONNECTIONS = max(THREADS, 16)
 """Threads where the bytes come from another machine, since most of them wait."""
-AHEAD = 128
-"""How many results may wait to be taken; bounds memory."""
+AHEAD = 256
+"""How many results may wait to be taken: two of a GPU's batches. Bounds memory."""
 SECONDS_TO_READ = 60.0
 SECONDS_TO_DECODE = 10.0
 SECONDS_TO_END = 5.0
@@ -37,7 +37,8 @@ DELAYS = (0.5, 2.0)
 HOPELESS = 50
 """Once so many were tried again in vain, there is no more waiting."""
 
-Transform = Callable[[], Callable[[Image], Any]]
+Crops = dict[str, tuple[Callable[[Image], Any], bool]]
+"""By name: what makes pixels of an image, and whether `features.images.REDUCED` is how it is decoded."""
 
 
 @dataclass(frozen=True)
@@ -48,14 +49,14 @@ class Reading:
     ----------
     facts : dict
         A value for each of `features.samples.READ`.
-    pixels : torch.Tensor or None
-        What the backbone reads; None for a failure, and where the embedding is there already.
+    pixels : dict of str to numpy.ndarray
+        What backbones read, by name; empty for a failure, and where the embeddings are there already.
     seconds : dict of str to float
-        Time spent on ``read`` and ``decode``, the transform included.
+        Time that ``read`` took, and of a core that ``decode`` took, cropping included.
     """
 
     facts: dict[str, Any]
-    pixels: Any = None
+    pixels: dict[str, Any] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
 
 
@@ -73,18 +74,21 @@ class _Job:
         self.deadline = time.monotonic() + seconds
 
 
+def threads_for(uris: list[str]) -> int:
+    """How many threads read."""
+    return THREADS if all(locations.local_path(uri) is not None for uri in uris) else CONNECTIONS
+
+
 def read_all(
-    uris: list[str], transform: Transform, present: set[str], stopped: Callable[[], bool] = lambda: False
+    uris: list[str], crops: Callable[[str], Crops], stopped: Callable[[], bool] = lambda: False
 ) -> Iterator[Reading]:
     """Read samples in threads.
 
     Parameters
     ----------
     uris : list of str
-    transform : callable
-        Gives the backbone's transform; asked only where an image needs pixels, so that the model can wait till then.
-    present : set of str
-        SHA-256 of the images that need no pixels; may grow while this runs.
+    crops : callable
+        Says by the SHA-256 of an image which pixels are needed of it; it may load a model first.
     stopped : callable, optional
         Whether to end early.
 
@@ -102,7 +106,7 @@ def read_all(
     def work() -> None:
         while job := jobs.get():
             try:
-                job.result = _read(job, transform, present, hopeless, one_large)
+                job.result = _read(job, crops, hopeless, one_large)
             except BaseException as error:  # Whoever takes the result raises it.
                 job.result = error
             job.done.set()
@@ -127,7 +131,7 @@ def read_all(
             raise job.result
         return None if stopped() else job.result
 
-    for _ in range(THREADS if all(locations.local_path(uri) is not None for uri in uris) else CONNECTIONS):
+    for _ in range(threads_for(uris)):
         start()
     try:
         for place, uri in enumerate(uris):
@@ -150,7 +154,7 @@ def read_all(
             thread.join(max(0.0, patience - time.monotonic()))
 
 
-def _read(job: _Job, transform: Transform, present: set[str], hopeless: list[str], one_large: Lock) -> Reading:
+def _read(job: _Job, crops: Callable[[str], Crops], hopeless: list[str], one_large: Lock) -> Reading:
     @contextmanager
     def alone() -> Iterator[None]:
         job.deadline = math.inf
@@ -164,26 +168,27 @@ def _read(job: _Job, transform: Transform, present: set[str], hopeless: list[str
                 one_large.release()
 
     facts: dict[str, Any] = dict.fromkeys(samples.READ) | {"status": "ok"}
-    seconds, pixels = {"read": 0.0, "decode": 0.0}, None
+    seconds, pixels = {"read": 0.0, "decode": 0.0}, dict[str, Any]()
     try:
         begun = time.perf_counter()
         data = _fetch(job, hopeless)
         facts |= {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
         seconds["read"] = time.perf_counter() - begun
         job.deadline = math.inf
-        to_pixels = None if facts["sha256"] in present else transform()
-        begun = time.perf_counter()
-        job.may_take(SECONDS_TO_DECODE)
-        image = images.decode(data, alone())
-        facts |= {"width": image.width, "height": image.height, "format": image.format}
-        if to_pixels:
-            pixels = to_pixels(image)
-        seconds["decode"] = time.perf_counter() - begun
+        wanted = crops(facts["sha256"])
+        begun = time.thread_time()
+        # Whoever wants no pixels has it checked nonetheless.
+        for reduced in {reduced for _, reduced in wanted.values()} or {True}:
+            job.may_take(SECONDS_TO_DECODE)
+            decoded = images.decode(data, alone(), reduced)
+            facts |= {"width": decoded.width, "height": decoded.height, "format": decoded.format}
+            pixels |= {name: crop(decoded.image) for name, (crop, how) in wanted.items() if how == reduced}
+        seconds["decode"] = time.thread_time() - begun
     except ImageError as error:
         facts |= {"status": "failed", "error": str(error)}
     except MemoryError:
-        facts |= {"status": "failed", "error": "out_of_memory: transforming it needs more memory than there was"}
-    return Reading(facts, pixels, seconds)
+        facts |= {"status": "failed", "error": "out_of_memory: cropping it needs more memory than there was"}
+    return Reading(facts, pixels if facts["status"] == "ok" else {}, seconds)
 
 
 def _fetch(job: _Job, hopeless: list[str]) -> bytes:

@@ -86,15 +86,55 @@ def recorded(root: Root, command: str) -> Iterator[dict[str, Any]]:
                 root.create(f"runs/{stamp()}-{secrets.token_hex(4)}.json", encode_json(record))
 
 
-def speed(counts: dict[str, int], seconds: dict[str, float]) -> dict[str, Any]:
-    """Seconds and images/s by stage, and the stage that held the run up; threads share reading and decoding."""
-    spent = {stage: seconds[stage] / (THREADS if stage in ("read", "decode") else 1) for stage in STAGES}
+def busy(seconds: dict[str, float], readers: int) -> dict[str, float]:
+    """Share of the time that each stage was at it: `readers` at once read, and all cores decode."""
+    elapsed = max(seconds["elapsed"], 1e-9)
+    return {stage: min(1.0, spent / elapsed) for stage, spent in _spent(seconds, readers).items() if stage != "list"}
+
+
+def _spent(seconds: dict[str, float], readers: int) -> dict[str, float]:
+    at_once = {"read": readers, "decode": THREADS}
+    return {stage: seconds.get(stage, 0.0) / at_once.get(stage, 1) for stage in STAGES}
+
+
+def busy_line(seconds: dict[str, float], readers: int) -> str:
+    """What is worth knowing of `busy` while a run goes on."""
+    return ", ".join(f"{stage} {share:.0%}" for stage, share in busy(seconds, readers).items() if share >= 0.05)
+
+
+def speed(counts: dict[str, int], seconds: dict[str, float], readers: int, device: str | None) -> dict[str, Any]:
+    """Seconds, images/s and busy share by stage, the stage that held the run up, and what would help."""
+    spent = _spent(seconds, readers)
     done = {stage: counts["listed" if stage == "list" else "opened"] for stage in STAGES}
+    slowest = max(spent, key=lambda stage: spent[stage]) if counts["opened"] else None
+    shares = busy(seconds, readers)
     return {
+        "device": device,
         "seconds": {stage: round(value, 3) for stage, value in seconds.items()},
         "images_per_second": {stage: round(done[stage] / spent[stage], 1) for stage in STAGES if spent[stage] > 0},
-        "bottleneck": max(spent, key=lambda stage: spent[stage]) if counts["opened"] else None,
+        "busy": {stage: round(share, 3) for stage, share in shares.items()},
+        "bottleneck": slowest,
+        "advice": slowest and _advice(slowest, shares, device),
     }
+
+
+def _advice(slowest: str, shares: dict[str, float], device: str | None) -> str:
+    gpu = f"{device}".startswith("cuda")
+    cores = f"{shares['decode'] * THREADS:.1f} of {THREADS} cores busy"
+    match slowest:
+        case "list":
+            return "list: the source is slow to list; a table of its files would help"
+        case "read":
+            return f"read: {shares['read']:.0%} of its threads waiting; storage that is nearer or faster would help"
+        case "decode" if gpu:
+            return f"decode: {cores}; the GPU waits, more cores would help"
+        case "decode":
+            return f"decode: {cores}; smaller images or more cores would help, a GPU would idle"
+        case "model" if gpu:
+            return f"model: {shares['model']:.0%} of the time; a smaller backbone or another GPU (--shard) would help"
+        case "model":
+            return f"model: {shares['model']:.0%} of the time; a GPU, bf16 units or a smaller backbone would help"
+    return f"{slowest}: {shares[slowest]:.0%} of the time; a faster disk under the store would help"
 
 
 def _key(source: str) -> str:

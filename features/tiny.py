@@ -112,7 +112,7 @@ def keep_lessons(files: list[Path], crops: int, teacher: Path) -> tuple[Tensor, 
 
 
 def _pixels(path: Path) -> Tensor:
-    pixels: Tensor = v2.functional.pil_to_tensor(images.decode(path.read_bytes()))
+    pixels: Tensor = v2.functional.pil_to_tensor(images.decode(path.read_bytes()).image)
     return pixels
 
 

@@ -14,9 +14,13 @@ from typing import Any
 
 from features.errors import BackboneError, ViewMismatch
 
+AUTO = "auto"
 PENULTIMATE = "penultimate"
 UNTRAINED = "untrained"
 TINY_WEIGHTS = Path(__file__).with_name("tiny.safetensors")
+
+PRECISIONS = (AUTO, "fp32", "bf16", "fp16")
+POOLINGS = ("avg", "max", "gem", "cls", "flatten")
 
 _WEIGHT_FILES = (".pth", ".pt", ".bin", ".safetensors")
 # torchvision never published IMAGENET1K_V1 for these two.
@@ -42,7 +46,10 @@ class Request:
     layer : str
         ``penultimate``, or the name of a graph node.
     precision : str
-        ``fp32``: float32 throughout, without TF32.
+        ``fp32``, without TF32; ``bf16`` or ``fp16``; or ``auto``: what the view has, or for a new one what the hardware
+        is made for and the backbone bears.
+    pooling : str
+        How a layer's places or tokens become one vector; the penultimate layer is pooled by the model itself.
     """
 
     backbone: str
@@ -50,20 +57,29 @@ class Request:
     weights_sha256: str | None = None
     layer: str = PENULTIMATE
     precision: str = "fp32"
+    pooling: str = "avg"
 
     @classmethod
     def parse(
-        cls, backbone: str, weights: str | None = None, layer: str | None = None, precision: str = "fp32"
+        cls,
+        backbone: str,
+        weights: str | None = None,
+        layer: str | None = None,
+        precision: str = AUTO,
+        pooling: str | None = None,
     ) -> Request:
         """Resolve the options of the command line.
 
         Raises
         ------
         BackboneError
-            For an unknown precision or a weight file that is not there.
+            For an unknown precision or pooling, and a weight file that is not there.
         """
-        if precision != "fp32":
-            raise BackboneError(f"precision {precision!r} is unknown; use fp32")
+        for what, value, known in (("precision", precision, PRECISIONS), ("pooling", pooling or "avg", POOLINGS)):
+            if value not in known:
+                raise BackboneError(f"{what} {value!r} is unknown; use {', '.join(known)}")
+        if pooling and (layer or PENULTIMATE) == PENULTIMATE:
+            raise BackboneError("the penultimate layer is pooled by the model itself; use --pooling with --layer NODE")
         weights = weights or _OTHER_DEFAULTS.get(backbone, "IMAGENET1K_V1")
         digest = None
         if weights.endswith(_WEIGHT_FILES) or "/" in weights:
@@ -71,7 +87,7 @@ class Request:
             weights, digest = str(path), file_sha256(path)
         elif backbone == "tiny" and weights != UNTRAINED:
             digest = file_sha256(TINY_WEIGHTS)
-        return cls(backbone, weights, digest, layer or PENULTIMATE, precision)
+        return cls(backbone, weights, digest, layer or PENULTIMATE, precision, pooling or "avg")
 
     @property
     def is_file(self) -> bool:
@@ -80,17 +96,22 @@ class Request:
 
     @property
     def view_name(self) -> str:
-        """The default name of the view: backbone, weights and layer."""
+        """The default name of the view: backbone, weights and layer, and the pooling if it is not ``avg``."""
         weights = Path(self.weights).stem if self.is_file else self.weights
-        return "-".join(re.sub(r"[^\w.]+", "_", part) for part in (self.backbone, weights, self.layer))
+        pooling = () if self.pooling == "avg" else (self.pooling,)
+        return "-".join(re.sub(r"[^\w.]+", "_", part) for part in (self.backbone, weights, self.layer, *pooling))
 
     def same_as(self, other: Request) -> bool:
-        """Whether both ask for the same weights, layer and precision, wherever the weight file lies."""
+        """Whether this asks for the weights, layer, pooling and precision of another, wherever the weight file lies."""
 
         def without_place(request: Request) -> Request:
             return replace(request, weights="") if request.is_file else request
 
-        return without_place(self) == without_place(other)
+        return without_place(self.resolved(other.precision)) == without_place(other)
+
+    def resolved(self, precision: str) -> Request:
+        """The same, with a precision in place of ``auto``."""
+        return replace(self, precision=precision) if self.precision == AUTO else self
 
 
 @dataclass(frozen=True)
@@ -166,6 +187,35 @@ class View:
         except (KeyError, TypeError) as error:
             raise ViewMismatch(f"a view is described in a way that this permafrost cannot read ({error})") from None
         raise ViewMismatch(f"view {view.name!r} is damaged: its spec is not what its fingerprint stands for")
+
+
+def asked(
+    backbones: list[str], weights: str | None, layers: list[str] | None, precision: str, pooling: str | None
+) -> list[Request]:
+    """Every layer of every backbone, as the command line asks for them; `pooling` is for layers that need one."""
+    layers = layers or [PENULTIMATE]
+    pooled = pooling if set(layers) == {PENULTIMATE} else None
+    return [
+        Request.parse(backbone, weights, layer, precision, pooled if layer == PENULTIMATE else pooling)
+        for backbone in backbones
+        for layer in layers
+    ]
+
+
+def named(requests: list[Request], name: str | None = None) -> dict[str, Request]:
+    """Requests by the names of their views, or one by the name given.
+
+    Raises
+    ------
+    BackboneError
+        If one name is given to several, or two come to the same name.
+    """
+    if name and len(requests) > 1:
+        raise BackboneError(f"--view {name} names one view, but {len(requests)} are asked for; leave it away")
+    views = {name or request.view_name: request for request in requests}
+    if len(views) < len(requests):
+        raise BackboneError(f"of {len(requests)} views asked for some have the same name: {', '.join(views)}")
+    return views
 
 
 def fingerprint(spec: dict[str, Any]) -> str:

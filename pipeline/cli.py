@@ -57,10 +57,17 @@ DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")]
 def extract(
     source: SourceArgument,
     store: Annotated[str, typer.Option(metavar="DIR", help="Feature store; made if it is not there.")],
-    backbone: Annotated[str, typer.Option(metavar="NAME", help="See `permafrost backbones`.")],
+    backbone: Annotated[
+        list[str], typer.Option(metavar="NAME", help="See `permafrost backbones`; again for more of them.")
+    ],
     weights: WeightsOption = None,
     layer: Annotated[
-        str | None, typer.Option(metavar="NODE", help="Graph node to tap.", show_default="penultimate")
+        list[str] | None,
+        typer.Option(metavar="NODE", help="Graph node to tap; again for more of them.", show_default="penultimate"),
+    ] = None,
+    pooling: Annotated[
+        str | None,
+        typer.Option(help="Of a layer's places or tokens: avg, max, gem, cls, flatten.", show_default="avg"),
     ] = None,
     view: Annotated[
         str | None, typer.Option(metavar="NAME", help="Name of the view.", show_default="backbone-weights-layer")
@@ -73,7 +80,12 @@ def extract(
     columns: Annotated[
         str | None, typer.Option(metavar="TEMPLATE", help="Columns in a folder's paths: '{year}/{site}/{name}'.")
     ] = None,
-    precision: Annotated[str, typer.Option(help="fp32: float32 without TF32.")] = "fp32",
+    precision: Annotated[
+        str, typer.Option(help="fp32, bf16, fp16, or what the view has and the hardware is made for.")
+    ] = "auto",
+    compiled: Annotated[
+        str, typer.Option("--compile", help="on, off, or where there are enough images to pay for it.")
+    ] = "auto",
     device: DeviceOption = "auto",
     shard: Annotated[str, typer.Option(metavar="I/N", help="Only shard I of N, counted from 0.")] = "0/1",
     rehash: Annotated[bool, typer.Option("--rehash", help="Read every file, whatever its size and mtime say.")] = False,
@@ -96,11 +108,11 @@ def extract(
     from features.shards import Shard
     from features.sources import list_source
     from features.store import FeatureStore
-    from features.views import Request
+    from features.views import asked
     from pipeline import console
 
     deadline = time.monotonic() + max_seconds if max_seconds is not None else None
-    request = Request.parse(backbone, weights, layer, precision)
+    requests = asked(backbone, weights, layer, precision, pooling)
     listed = list_source(
         source,
         name=name,
@@ -112,16 +124,17 @@ def extract(
     )
     feature_store = FeatureStore.open_or_new(store)
     if dry_run:
-        record = extraction.preview(listed, feature_store, view or request.view_name)
+        record = extraction.preview(listed, feature_store, requests, view)
         say_result(record, as_json, "{listed:,} listed, {gone:,} gone, {to_open:,} to open; nothing was written")
         return
     with console.stoppable(deadline) as stopped, console.progress("embedding") as progress:
         record = extraction.extract(
             listed,
             feature_store,
-            request,
+            requests,
             view=view,
             device=device,
+            compile=compiled,
             rehash=rehash,
             retry_failed=retry_failed,
             allow_shrink=allow_shrink,
@@ -133,7 +146,8 @@ def extract(
         record,
         as_json,
         "{listed:,} listed, {opened:,} opened, {embedded:,} embedded, {failed:,} failed in {total_seconds:,.1f} s\n"
-        "snapshot {snapshot} ({outcome}), view {view}" + ("; slowest: {bottleneck}" if record["bottleneck"] else ""),
+        f"snapshot {{snapshot}} ({{outcome}}), view {', '.join(record['views'])}"
+        + ("\n{advice}" if record["advice"] else ""),
     )
 
 
@@ -225,7 +239,7 @@ def predict(
 @app.command()
 def backbones(as_json: JsonOption = False) -> None:
     """List every backbone, its default weights and what they cost and reach."""
-    from features.backbones import catalogue
+    from features.catalogue import catalogue
     from pipeline import console
 
     rows = catalogue()
@@ -282,6 +296,7 @@ def main() -> None:
     """Run the command line; the README lists the exit codes."""
     # Pillow warns of odd metadata, and of large images; neither says which file.
     warnings.filterwarnings("ignore", module=r"PIL\.")
+    warnings.showwarning = lambda message, *_: print(f"permafrost: {message}", file=sys.stderr)
     told = ""
     try:
         code = app(standalone_mode=False) or 0

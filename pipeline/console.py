@@ -68,25 +68,32 @@ def stoppable(deadline: float | None) -> Iterator[Callable[[], tuple[str, int] |
 
 
 @contextmanager
-def progress(what: str) -> Iterator[Callable[[int, int], None]]:
+def progress(what: str) -> Iterator[Callable[..., None]]:
     """A bar on a terminal, else a line now and then; both on stderr.
 
     Yields
     ------
     callable
-        To be called with what is done and what there is to do.
+        To be called with what is done, what there is to do, and if known how busy the stages are.
     """
-    started = time.monotonic()
-    if not error_console.is_terminal:
-        last = started
+    # From the first call on, since models are loaded before it.
+    first: list[tuple[float, int]] = []
 
-        def line(done: int, total: int) -> None:
+    def rate_of(done: int) -> float:
+        if not first:
+            first.append((time.monotonic(), done))
+        return (done - first[0][1]) / max(time.monotonic() - first[0][0], 1e-9)
+
+    if not error_console.is_terminal:
+        last = time.monotonic()
+
+        def line(done: int, total: int, busy: str = "") -> None:
             nonlocal last
-            now = time.monotonic()
-            if now - last >= LINE_EVERY or done == total:
+            now, rate = time.monotonic(), rate_of(done)
+            if (now - last >= LINE_EVERY and rate) or done == total:
                 last = now
-                rate = done / max(now - started, 1e-9)
-                say(f"{what}: {done:,} of {total:,} ({rate:,.0f}/s, {(total - done) / max(rate, 1e-9):,.0f} s left)")
+                left = (total - done) / max(rate, 1e-9)
+                say(f"{what}: {done:,} of {total:,} ({rate:,.0f}/s, {left:,.0f} s left{busy and f'; {busy}'})")
 
         yield line
         return
@@ -96,13 +103,13 @@ def progress(what: str) -> Iterator[Callable[[int, int], None]]:
         MofNCompleteColumn(),
         TextColumn("{task.fields[rate]}"),
         TimeRemainingColumn(),
+        TextColumn("{task.fields[busy]}"),
     )
     with Progress(*columns, console=error_console, transient=True) as bar:
-        task = bar.add_task(what, total=None, rate="")
+        task = bar.add_task(what, total=None, rate="", busy="")
 
-        def draw(done: int, total: int) -> None:
-            rate = done / max(time.monotonic() - started, 1e-9)
-            bar.update(task, completed=done, total=total, rate=f"{rate:,.0f}/s")
+        def draw(done: int, total: int, busy: str = "") -> None:
+            bar.update(task, completed=done, total=total, rate=f"{rate_of(done):,.0f}/s", busy=busy)
 
         yield draw
 

@@ -10,7 +10,8 @@ import numpy as np
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from features.extract import Progress, extract
+from features.embedding import Progress
+from features.extract import extract
 from features.sources import list_source
 from features.store import FeatureStore
 from features.views import Request
@@ -50,7 +51,7 @@ def run(out: Path, progress: Progress, say: Callable[[str], None]) -> tuple[dict
     say(f"{write_digits(images):,} handwritten digits in {images}")
     say(f"$ permafrost extract {images} --store {store} --backbone tiny")
     feature_store = FeatureStore.open_or_new(str(store))
-    extract(list_source(str(images)), feature_store, Request.parse("tiny"), progress=progress)
+    extract(list_source(str(images)), feature_store, [Request.parse("tiny")], progress=progress)
     say(
         f"$ permafrost train {store} --target label --where \"split = 'train'\" "
         f"--test-where \"split = 'test'\" --out {trained}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from features import parts, runs, samples
+from features.embedding import Progress
 from features.errors import DataError
-from features.extract import Progress, fill, look_ahead
+from features.fill import fill, look_ahead
 from features.guards import require_samples
 from features.sources import Source
 from features.store import FeatureStore, Snapshot
@@ -47,7 +49,7 @@ def predict_source(
     store: FeatureStore | None = None,
     weights: str | None = None,
     device: str = "auto",
-    progress: Progress = lambda done, total: None,
+    progress: Progress = lambda done, total, busy: None,
 ) -> pa.Table:
     """Embed what a source has with the bundle's own view, and predict it.
 
@@ -80,13 +82,14 @@ def predict_source(
     require_samples(source, Snapshot(0, "", samples.empty(), {}))
     request = bundle.view.request
     if weights:
-        request = Request.parse(request.backbone, weights, request.layer, request.precision)
+        request = replace(Request.parse(request.backbone, weights), layer=request.layer, pooling=request.pooling)
+        request = request.resolved(bundle.view.request.precision)
     name = _name_of(bundle.view, store)
-    plan, present, _ = look_ahead(source, store, name, store.snapshot())
-    filled = fill(source, store, request, name, (plan, present), device, progress=progress, expected=bundle.view)
+    ahead = look_ahead(source, store, {name: request}, store.snapshot(), expected=bundle.view)
+    filled = fill(source, store, ahead, device=device, progress=progress, expected=bundle.view)
     # Predictions are not listed, so no snapshot will ever make these files needless.
     runs.drop(store.root, filled.pending)
-    return _predict(bundle, store, filled.view, filled.rows.select(CARRIED))
+    return _predict(bundle, store, filled.views[0], filled.rows.select(CARRIED))
 
 
 def write(table: pa.Table, out: Path) -> None:

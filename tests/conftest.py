@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from features import backbones, images, parts
+from features import backbones, forward, images, parts
 from features.backbones import Backbone
 from features.store import FeatureStore
 from features.views import Request, View
@@ -77,24 +77,25 @@ def toy(monkeypatch: pytest.MonkeyPatch) -> Toy:
     toy = Toy(Request("toy", "V1"))
 
     class Mean(torch.nn.Module):
-        def forward(self, batch: torch.Tensor) -> torch.Tensor:
+        def forward(self, batch: torch.Tensor) -> tuple[torch.Tensor]:
             toy.embedded += len(batch)
             if toy.fail_after is not None and toy.embedded > toy.fail_after:
                 raise KeyboardInterrupt
-            return batch.mean((2, 3))
+            return (batch.float().mean((1, 2)),)
 
-    def transform(image: Image.Image) -> torch.Tensor:
-        return torch.from_numpy(np.asarray(image.resize((8, 8))).copy()).permute(2, 0, 1).float()
-
-    def load(request: Request, device: str = "auto") -> Backbone:
+    def load(requests: list[Request], *_: Any) -> Backbone:
         toy.loaded += 1
-        spec = {
-            "backbone": request.backbone,
-            "weights": request.weights,
-            "layer": request.layer,
-            "decode": images.POLICY,
-        }
-        return Backbone(spec, 3, transform, Mean(), torch.device("cpu"))
+        specs = [
+            {
+                "backbone": request.backbone,
+                "weights": request.weights,
+                "layer": request.layer,
+                "decode": images.POLICY,
+            }
+            for request in requests
+        ]
+        run = forward.Forward(Mean(), torch.device("cpu"), forward.BATCH["cpu"])
+        return Backbone(specs, [3], "fp32", lambda image: np.asarray(image.resize((8, 8))), run)
 
     monkeypatch.setattr(backbones, "load", load)
     return toy

@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 from torchvision import models
 
 from conftest import COLOURS, draw, stored
-from features import backbones, images, weights
+from features import backbones, forward, images, layers, weights
+from features.catalogue import catalogue
 from features.errors import BackboneError, ViewMismatch
 from features.extract import extract
 from features.sources import list_source
@@ -25,6 +26,12 @@ LARGE = ("vit_b_16", "convnext_tiny")
 
 def weights_for(name: str, testdata: Path | None) -> str:
     return str(testdata / "weights" / SHIPPED[name]) if testdata and name in SHIPPED else UNTRAINED
+
+
+@pytest.fixture(autouse=True)
+def hardware_without_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that nothing here is tried in two precisions; that is for test_forward."""
+    monkeypatch.setattr(forward, "_has_bf16", lambda _: False)
 
 
 @pytest.fixture
@@ -68,8 +75,8 @@ def test_stored_embeddings_are_those_of_the_eager_model(name: str, tmp_path: Pat
         (folder / file.name).symlink_to(file)
     origin = weights_for(name, real_weights)
     store = FeatureStore.open_or_new(str(tmp_path / "store"))
-    record = extract(list_source(str(folder)), store, Request.parse(name, origin))
-    view = store.view(record["view"])
+    record = extract(list_source(str(folder)), store, [Request.parse(name, origin, precision="fp32")])
+    view = store.view(record["views"][0])
     assert view is not None
     by_sha256 = stored(store, view)
     listed = store.snapshot().samples.to_pandas().set_index("sha256").loc[list(by_sha256)]
@@ -86,23 +93,23 @@ def test_stored_embeddings_are_those_of_the_eager_model(name: str, tmp_path: Pat
     "name", [pytest.param(name, marks=[pytest.mark.slow] if name in LARGE else []) for name in REFERENCE]
 )
 def test_batch_size_changes_nothing_and_the_model_stays_as_it_was(name: str, real_weights: Path | None) -> None:
-    backbone = backbones.load(Request.parse(name, weights_for(name, real_weights)))
-    before = {key: value.clone() for key, value in backbone.model.state_dict().items()}
+    backbone = backbones.load([Request.parse(name, weights_for(name, real_weights), precision="fp32")])
+    before = {key: value.clone() for key, value in backbone.forward.frozen.state_dict().items()}
     random = np.random.default_rng(2)
     pixels = [Image.fromarray(random.integers(0, 256, (60, 50, 3), np.uint8)) for _ in range(4)]
-    batch = [backbone.transform(pixels[number % 4]) for number in range(64)]
+    batch = [pixels[number % 4] for number in range(64)]
     together, alone = backbone.embed(batch), np.concatenate([backbone.embed([image]) for image in batch[:4]])
-    assert together.dtype == np.float32 and together.shape == (64, backbone.dim)
+    assert together.dtype == np.float32 and together.shape == (64, backbone.dims[0])
     assert cosine(together[:4], alone).min() >= 0.999999
     assert (np.linalg.norm(together[:4] - alone, axis=1) / np.linalg.norm(alone, axis=1)).max() <= 1e-4
-    after = backbone.model.state_dict()
+    after = backbone.forward.frozen.state_dict()
     assert all(torch.equal(before[key], after[key]) for key in before) and len(before) == len(after)
-    assert not any(module.training for module in backbone.model.modules())
+    assert not any(module.training for module in backbone.forward.frozen.modules())
 
 
 def test_float32_is_float32_whatever_the_process_has_allowed() -> None:
-    backbone = backbones.load(Request.parse("vit_b_32", UNTRAINED))
-    batch = [torch.randn(3, 224, 224, generator=torch.Generator().manual_seed(3))]
+    backbone = backbones.load([Request.parse("vit_b_32", UNTRAINED, precision="fp32")])
+    batch = [Image.fromarray(np.random.default_rng(3).integers(0, 256, (224, 224, 3), np.uint8))]
     exact = backbone.embed(batch)
     try:
         torch.set_float32_matmul_precision("medium")
@@ -114,9 +121,9 @@ def test_float32_is_float32_whatever_the_process_has_allowed() -> None:
 
 def test_untrained_is_the_same_every_time_and_leaves_the_generator_alone() -> None:
     before = torch.get_rng_state()
-    first = backbones.load(Request.parse("resnet18", UNTRAINED)).spec
+    first = backbones.load([Request.parse("resnet18", UNTRAINED)]).specs[0]
     torch.manual_seed(99)
-    assert backbones.load(Request.parse("resnet18", UNTRAINED)).spec == first
+    assert backbones.load([Request.parse("resnet18", UNTRAINED)]).specs[0] == first
     torch.set_rng_state(before)
 
 
@@ -130,11 +137,11 @@ def test_weights_are_known_by_their_tensors_not_by_their_file(tmp_path: Path, su
     slim |= {"fc.weight": torch.zeros(2, 512), "fc.bias": torch.zeros(2)}
     other = tmp_path / f"other{suffix}"
     save_file(slim, other) if suffix == ".safetensors" else torch.save(slim, other)
-    specs = [backbones.load(Request.parse("resnet18", str(file))).spec for file in (tmp_path / "full.pth", other)]
+    specs = [backbones.load([Request.parse("resnet18", str(file))]).specs[0] for file in (tmp_path / "full.pth", other)]
     assert specs[0] == specs[1]
     state["layer1.0.conv1.weight"][0, 0, 0, 0] += 1e-3
     torch.save(state, tmp_path / "full.pth")
-    assert backbones.load(Request.parse("resnet18", str(tmp_path / "full.pth"))).spec != specs[0]
+    assert backbones.load([Request.parse("resnet18", str(tmp_path / "full.pth"))]).specs[0] != specs[0]
 
 
 def test_weights_that_do_not_fit_are_refused_by_name(tmp_path: Path) -> None:
@@ -143,12 +150,12 @@ def test_weights_that_do_not_fit_are_refused_by_name(tmp_path: Path) -> None:
     state["bn1.weight"] = torch.zeros(3)
     torch.save(state, tmp_path / "odd.pth")
     with pytest.raises(BackboneError) as caught:
-        backbones.load(Request.parse("resnet18", str(tmp_path / "odd.pth")))
+        backbones.load([Request.parse("resnet18", str(tmp_path / "odd.pth"))])
     told = str(caught.value)
     assert "missing layer1.0.conv1.weight" in told and "unknown layer9.weight" in told and "bn1.weight" in told
     torch.save({"epoch": 3, "state_dict": state}, tmp_path / "wrapped.pth")
     with pytest.raises(BackboneError, match="holds epoch, state_dict"):
-        backbones.load(Request.parse("resnet18", str(tmp_path / "wrapped.pth")))
+        backbones.load([Request.parse("resnet18", str(tmp_path / "wrapped.pth"))])
 
 
 def test_a_weight_file_runs_no_code(tmp_path: Path) -> None:
@@ -158,7 +165,7 @@ def test_a_weight_file_runs_no_code(tmp_path: Path) -> None:
 
     torch.save({"conv1.weight": Trap()}, tmp_path / "trap.pth")
     with pytest.raises(BackboneError, match="is not a state dict"):
-        backbones.load(Request.parse("resnet18", str(tmp_path / "trap.pth")))
+        backbones.load([Request.parse("resnet18", str(tmp_path / "trap.pth"))])
     assert not (tmp_path / "sprung").exists()
 
 
@@ -166,7 +173,7 @@ def test_a_hub_out_of_reach_names_three_ways_on(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
     with pytest.raises(BackboneError) as caught:
-        backbones.load(Request.parse("resnet18"))
+        backbones.load([Request.parse("resnet18")])
     told = str(caught.value)
     assert "--weights FILE" in told and "--backbone tiny" in told and "\n" not in told
     assert f"{tmp_path}/hub/checkpoints/resnet18-f37072fd.pth" in told
@@ -177,8 +184,8 @@ def test_a_filled_hub_cache_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     cached = weights.hub_file(weights.member("squeezenet1_1", "IMAGENET1K_V1"))
     cached.parent.mkdir(parents=True)
     torch.save(models.squeezenet1_1().state_dict(), cached)
-    by_hub = backbones.load(Request.parse("squeezenet1_1")).spec
-    assert by_hub == backbones.load(Request.parse("squeezenet1_1", str(cached))).spec
+    by_hub = backbones.load([Request.parse("squeezenet1_1")]).specs[0]
+    assert by_hub == backbones.load([Request.parse("squeezenet1_1", str(cached))]).specs[0]
 
 
 @pytest.mark.parametrize(
@@ -194,12 +201,12 @@ def test_what_is_unknown_is_named_with_what_is_known(
     name: str, origin: str | None, layer: str | None, told: str
 ) -> None:
     with pytest.raises(BackboneError, match=told):
-        backbones.load(Request.parse(name, origin, layer))
+        backbones.load([Request.parse(name, origin, layer)])
 
 
 def test_a_device_that_is_not_there_is_an_error() -> None:
     with pytest.raises(BackboneError, match="use --device cpu"):
-        backbones.load(Request.parse("tiny", UNTRAINED), device="cuda:99")
+        backbones.load([Request.parse("tiny", UNTRAINED)], device="cuda:99")
 
 
 @pytest.mark.parametrize(
@@ -212,9 +219,9 @@ def test_a_device_that_is_not_there_is_an_error() -> None:
     ],
 )
 def test_any_node_gives_one_vector_an_image(name: str, layer: str, dim: int) -> None:
-    backbone = backbones.load(Request.parse(name, UNTRAINED, layer))
-    assert backbone.dim == dim
-    assert backbone.spec["layer"] == layer != PENULTIMATE
+    backbone = backbones.load([Request.parse(name, UNTRAINED, layer)])
+    assert backbone.dims == [dim]
+    assert backbone.specs[0]["layer"] == layer != PENULTIMATE
 
 
 def test_older_names_of_tensors_are_known(tmp_path: Path) -> None:
@@ -227,7 +234,9 @@ def test_older_names_of_tensors_are_known(tmp_path: Path) -> None:
     older = OrderedDict(renamed)
     older._metadata = OrderedDict()  # type: ignore[attr-defined]
     torch.save(older, tmp_path / "old.pth")
-    specs = [backbones.load(Request.parse("vit_b_32", str(tmp_path / name))).spec for name in ("new.pth", "old.pth")]
+    specs = [
+        backbones.load([Request.parse("vit_b_32", str(tmp_path / name))]).specs[0] for name in ("new.pth", "old.pth")
+    ]
     assert specs[0] == specs[1]
 
 
@@ -245,7 +254,7 @@ def test_classifiers_that_only_training_reads_are_no_part_of_a_backbone(tmp_path
         state["aux1.fc2.bias"] += change
         torch.save(state, tmp_path / name)
     torch.save({key: state[key] for key in state if not key.startswith("aux")}, tmp_path / "three.pth")
-    specs = [backbones.load(Request.parse("googlenet", str(file))).spec for file in sorted(tmp_path.iterdir())]
+    specs = [backbones.load([Request.parse("googlenet", str(file))]).specs[0] for file in sorted(tmp_path.iterdir())]
     assert specs[0] == specs[1] == specs[2]
 
 
@@ -260,23 +269,23 @@ def test_other_families_give_what_their_classifying_layer_reads(name: str, tmp_p
     model = models.get_model(name, weights=None, **({"transform_input": True} if auxiliary else {})).eval()
     torch.save(model.state_dict(), tmp_path / "w.pth")
     transform = models.get_model_weights(name).IMAGENET1K_V1.transforms()
-    layer = model.get_submodule(backbones.classifying_layer(model))
+    layer = model.get_submodule(layers.classifying_layer(model))
     seen: list[torch.Tensor] = []
     layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     with torch.inference_mode():
         model(transform(Image.open(file))[None])
-    backbone = backbones.load(Request.parse(name, str(tmp_path / "w.pth")))
-    found = backbone.embed([backbone.transform(images.decode(file.read_bytes()))])
+    backbone = backbones.load([Request.parse(name, str(tmp_path / "w.pth"))])
+    found = backbone.embed([images.decode(file.read_bytes()).image])
     assert np.allclose(found, seen[0].numpy(), rtol=1e-4, atol=1e-6)
 
 
 def test_a_node_that_is_no_vector_tokens_or_map_is_refused() -> None:
     with pytest.raises(BackboneError, match="neither a vector, tokens nor a map"):
-        backbones.load(Request.parse("shufflenet_v2_x0_5", UNTRAINED, "stage2.0.view"))
+        backbones.load([Request.parse("shufflenet_v2_x0_5", UNTRAINED, "stage2.0.view")])
 
 
 def test_the_catalogue_has_every_classification_model() -> None:
-    rows = {row["backbone"]: row for row in backbones.catalogue()}
+    rows = {row["backbone"]: row for row in catalogue()}
     assert next(iter(rows)) == "tiny" and len(rows) == 1 + len(models.list_models(module=models))
     assert rows["resnet50"]["dim"] == 2048 and rows["resnet50"]["accuracy"] == 76.13
     assert rows["tiny"]["on_disk"] and all(row["dim"] > 0 and row["parameters"] > 0 for row in rows.values())
@@ -300,4 +309,6 @@ def test_tiny_is_small_and_better_than_nothing() -> None:
     from features.views import TINY_WEIGHTS
 
     assert TINY_WEIGHTS.stat().st_size <= 3_000_000
-    assert backbones.load(Request.parse("tiny")).spec != backbones.load(Request.parse("tiny", UNTRAINED)).spec
+    assert (
+        backbones.load([Request.parse("tiny")]).specs[0] != backbones.load([Request.parse("tiny", UNTRAINED)]).specs[0]
+    )

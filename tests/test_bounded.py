@@ -139,12 +139,12 @@ def test_a_decoder_that_hangs_is_left_behind_and_tried_again(
     monkeypatch.setattr(images, "decode", lambda data, *_: time.sleep(20) if data in stuck else decode(data))
     store = FeatureStore.open_or_new(str(tmp_path / "store"))
     begun = time.monotonic()
-    record = extract(list_source(str(photos)), store, toy.request)
+    record = extract(list_source(str(photos)), store, [toy.request])
     assert (record["embedded"], record["failed"]) == (18, 6) and time.monotonic() - begun < 10
     failed = [row for row in store.snapshot().samples.to_pylist() if row["status"] == "failed"]
     assert {(row["id"][:5], code(row)) for row in failed} == {("test/", "timeout")}
     monkeypatch.setattr(images, "decode", decode)
-    record = extract(list_source(str(photos)), store, toy.request)
+    record = extract(list_source(str(photos)), store, [toy.request])
     assert (record["opened"], record["embedded"], record["failed"]) == (6, 6, 0)
 
 
@@ -162,14 +162,14 @@ def test_rehash_and_retry_failed_open_what_has_not_changed(photos: Path, tmp_pat
     store, same = FeatureStore.open_or_new(str(tmp_path / "store")), photos / "same.bmp"
     (photos / "broken.png").write_bytes(b"no image")
     draw(same, (1, 2, 3))
-    extract(list_source(str(photos)), store, toy.request)
+    extract(list_source(str(photos)), store, [toy.request])
     times = same.stat()
     draw(same, (3, 2, 1))
     os.utime(same, ns=(times.st_atime_ns, times.st_mtime_ns))
     opened = [
         (record["opened"], record["embedded"])
         for options in ({}, {"retry_failed": True}, {"rehash": True}, {"rehash": True})
-        for record in [extract(list_source(str(photos)), store, toy.request, **options)]
+        for record in [extract(list_source(str(photos)), store, [toy.request], **options)]
     ]
     assert opened == [(0, 0), (1, 0), (26, 1), (26, 0)]
 
@@ -196,7 +196,7 @@ def test_mutated_files_are_images_or_failures_within_bounds(form: str, examples:
     def decodes(data: st.DataObject) -> None:
         begun = time.monotonic()
         try:
-            assert np.asarray(images.decode(mutated(data, form))).shape[2:] == (3,)
+            assert np.asarray(images.decode(mutated(data, form)).image).shape[2:] == (3,)
         except ImageError as error:
             assert error.code in images.REASONS
         assert time.monotonic() - begun < 10

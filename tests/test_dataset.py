@@ -84,7 +84,7 @@ def store(tmp_path: Path, toy: Toy) -> FeatureStore:
     frame.loc[3, "kind"] = None
     frame.to_csv(tmp_path / "table.csv", index=False)
     opened = FeatureStore.open_or_new(str(tmp_path / "store"))
-    extract(list_source(str(tmp_path / "table.csv")), opened, toy.request)
+    extract(list_source(str(tmp_path / "table.csv")), opened, [toy.request])
     return opened
 
 

@@ -15,8 +15,7 @@ import torch
 from PIL import Image
 
 from conftest import Toy, draw, stored
-from features import backbones, images, runs
-from features import extract as extraction
+from features import backbones, embedding, forward, images, runs
 from features.errors import NonFinite, SourceError, ViewMismatch
 from features.extract import extract
 from features.reading import read_all
@@ -29,7 +28,7 @@ SECOND_RUN = """
 import json, sys
 from features import extract, sources, store, views
 listed, store = sources.list_source(sys.argv[1]), store.FeatureStore.open_or_new(sys.argv[2])
-record = extract.extract(listed, store, views.Request("toy", "V1"))
+record = extract.extract(listed, store, [views.Request("toy", "V1")])
 print(json.dumps([record["opened"], sorted({"torch", "torchvision", "sklearn"} & set(sys.modules))]))
 """
 
@@ -39,7 +38,7 @@ class Box:
     store: FeatureStore
 
     def fill(self, source: Path, weights: str = "V1", view: str | None = None, **how: Any) -> dict[str, Any]:
-        return extract(list_source(str(source), **how), self.store, Request("toy", weights), view=view)
+        return extract(list_source(str(source), **how), self.store, [Request("toy", weights)], view=view)
 
     def rows(self) -> dict[str, dict[str, Any]]:
         return {row["id"]: row for row in self.store.snapshot().samples.to_pylist()}
@@ -62,8 +61,8 @@ def box(tmp_path: Path, toy: Toy) -> Box:
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("features.extract.PART", 6)
-    monkeypatch.setattr("features.extract.BATCH", 3)
+    monkeypatch.setattr("features.embedding.PART", 6)
+    monkeypatch.setitem(forward.BATCH, "cpu", 3)
     monkeypatch.setattr("features.reading.AHEAD", 2)
 
 
@@ -131,7 +130,7 @@ def test_what_was_touched_is_read_and_what_has_changed_is_embedded(photos: Path,
 
 @pytest.mark.parametrize("batch", [3, 64])
 def test_the_same_bytes_are_embedded_once(photos: Path, box: Box, toy: Toy, batch: int, small: None) -> None:
-    extraction.BATCH, extraction.PART = batch, 64
+    forward.BATCH["cpu"], embedding.PART = batch, 64
     first = photos / "train" / "red" / "00.png"
     draw(photos.parent / "elsewhere" / "again.png", RED).write_bytes(first.read_bytes())
     (photos / "copy.png").write_bytes(first.read_bytes())
@@ -167,11 +166,11 @@ def test_what_cannot_be_read_is_a_row_with_a_reason(table: Path, box: Box, small
 
 
 def test_an_image_that_the_transform_cannot_take_is_a_failure_of_its_own(tmp_path: Path) -> None:
-    def transform(image: Image.Image) -> torch.Tensor:
+    def crop(image: Image.Image) -> np.ndarray[Any, Any]:
         raise MemoryError  # as for a strip that becomes too large when its shorter side is resized
 
-    (reading,) = read_all([str(draw(tmp_path / "strip.png", RED))], lambda: transform, set())
-    assert (reading.facts["status"], reading.pixels) == ("failed", None)
+    (reading,) = read_all([str(draw(tmp_path / "strip.png", RED))], lambda sha256: {"crop": (crop, False)})
+    assert (reading.facts["status"], reading.pixels) == ("failed", {})
 
 
 def test_a_permanent_failure_waits_for_a_change_and_a_missing_file_is_looked_for_again(table: Path, box: Box) -> None:
@@ -215,10 +214,12 @@ def test_an_interrupted_run_loses_no_finished_part(photos: Path, box: Box, toy: 
 
 @pytest.mark.usefixtures("small")
 def test_a_vector_of_nan_stops_the_run(photos: Path, box: Box, toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
-    def model(batch: torch.Tensor) -> torch.Tensor:
-        return torch.where(batch.mean((2, 3))[:, :1] > 128, math.inf, batch.mean((2, 3)))
+    def model(batch: torch.Tensor) -> tuple[torch.Tensor]:
+        mean = batch.float().mean((1, 2))
+        return (torch.where(mean[:, :1] > 128, math.inf, mean),)
 
-    sick = dataclasses.replace(backbones.load(toy.request), model=model)
+    sound = backbones.load([toy.request])
+    sick = dataclasses.replace(sound, forward=dataclasses.replace(sound.forward, frozen=model))
     monkeypatch.setattr(backbones, "load", lambda *_: sick)
     for path in photos.glob("test/red/*.png"):
         path.unlink()  # so that the red ones come last
@@ -254,3 +255,33 @@ def test_a_type_clash_names_both_sides_and_embeds_nothing(photos: Path, table: P
     with pytest.raises(SourceError, match=rf"'label' is int64 in source {table}, but string in source {photos}"):
         box.fill(table)
     assert toy.embedded == 24
+
+
+@pytest.mark.parametrize(
+    ("seconds", "device", "slowest", "told"),
+    [
+        ({"decode": 19.0, "model": 3.0}, "cuda", "decode", "the GPU waits, more cores would help"),
+        ({"decode": 19.0, "model": 3.0}, "cpu", "decode", "a GPU would idle"),
+        ({"decode": 1.0, "model": 9.0}, "cpu", "model", "90% of the time; a GPU,"),
+        ({"decode": 1.0, "model": 9.0}, "cuda", "model", "another GPU (--shard) would help"),
+        ({"read": 150.0, "decode": 5.0}, "cpu", "read", "94% of its threads waiting"),
+        ({"write": 8.0}, "cpu", "write", "faster disk"),
+        ({"list": 80.0}, None, "list", "slow to list"),
+    ],
+)
+def test_the_bottleneck_is_named_with_what_would_help(
+    seconds: dict[str, float], device: str | None, slowest: str, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runs, "THREADS", 2)
+    spent = dict.fromkeys(("load", *runs.STAGES), 0.0) | {"elapsed": 10.0} | seconds
+    found = runs.speed({"listed": 100, "opened": 100}, spent, 16, device)
+    assert found["bottleneck"] == slowest and found["advice"].startswith(f"{slowest}: ") and told in found["advice"]
+    assert found["busy"]["decode"] == pytest.approx(min(1, seconds.get("decode", 0) / 20))
+    at_once = {"read": 16, "decode": 2}.get(slowest, 1)
+    assert found["images_per_second"][slowest] == pytest.approx(100 * at_once / seconds[slowest], abs=0.1)
+
+
+def test_a_run_with_nothing_to_open_has_no_bottleneck(photos: Path, box: Box) -> None:
+    first, again = box.fill(photos), box.fill(photos)
+    assert first["advice"].startswith(f"{first['bottleneck']}: ") and first["device"] == "cpu"
+    assert again["bottleneck"] is again["advice"] is again["device"] is None

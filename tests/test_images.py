@@ -41,7 +41,7 @@ def encoded(image: Image.Image, form: str = "PNG", **options: Any) -> bytes:
 
 
 def pixels(data: bytes) -> Any:
-    image = images.decode(data)
+    image = images.decode(data).image
     assert image.mode == "RGB"
     return np.asarray(image)
 
@@ -76,7 +76,7 @@ def test_a_broken_exif_tag_does_not_hide_a_readable_orientation(neighbour: tuple
     tags = [(0x0112, 3, 1, struct.pack("<HH", 6, 0)), neighbour]
     block = b"".join(struct.pack("<HHI", tag, kind, count) + value for tag, kind, count, value in tags)
     exif = b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", len(tags)) + block + bytes(4)
-    assert images.decode(encoded(Image.new("RGB", (4, 2)), "JPEG", exif=exif)).size == (2, 4)
+    assert images.decode(encoded(Image.new("RGB", (4, 2)), "JPEG", exif=exif)).image.size == (2, 4)
 
 
 def test_exif_that_tells_no_orientation_leaves_the_pixels_as_they_lie() -> None:
@@ -199,7 +199,7 @@ def test_mutated_bytes_decode_or_say_one_of_the_reasons(form: str, data: st.Data
         mutated[place % len(mutated)] = value
     cut = data.draw(st.integers(0, len(mutated)))
     try:
-        assert images.decode(bytes(mutated[: cut or None])).mode == "RGB"
+        assert images.decode(bytes(mutated[: cut or None])).image.mode == "RGB"
     except ImageError as error:
         assert error.code in images.REASONS
 
@@ -215,12 +215,16 @@ def test_odd_images_decode_where_pillow_decodes_them_and_fail_with_a_reason_else
         if row["pil_status"] != "ok" or row["exif_orientation"].startswith("exif:"):
             assert code_of(data) in images.REASONS - images.TRANSIENT, row["file"]
             continue
-        image = images.decode(data)
+        decoded = images.decode(data)
         width, height = (int(side) for side in row["size"].split("x"))
         # The manifest's sizes are as they lie in the file, save for TIFF, which Pillow turns as it loads it.
         turned = row["exif_orientation"] in set("5678") and row["pil_format"] != "TIFF"
-        assert (image.mode, image.format) == ("RGB", row["pil_format"]), row["file"]
-        assert image.size == ((height, width) if turned else (width, height)), row["file"]
+        assert (decoded.image.mode, decoded.format) == ("RGB", row["pil_format"]), row["file"]
+        shown = (height, width) if turned else (width, height)
+        assert decoded.image.size == (decoded.width, decoded.height) == shown, row["file"]
+        reduced = images.decode(data, reduced=True)
+        assert (reduced.width, reduced.height, reduced.format) == (*shown, decoded.format)
+        assert min(reduced.image.size) >= min(1024, *shown)
 
 
 @pytest.mark.parametrize("family", ["exifr__test_{}.jpg", "pil__hopper_orientation_{}.jpg"])

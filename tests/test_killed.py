@@ -27,9 +27,9 @@ from features.store import FeatureStore
 
 DRIVER = """
 import os, sys, time
-from features import extract, locations, reading
+from features import embedding, forward, locations, reading
 from pipeline.cli import main
-extract.PART, extract.BATCH, reading.AHEAD, reading.THREADS = 40, 8, 8, 2
+embedding.PART, forward.BATCH["cpu"], reading.AHEAD, reading.THREADS = 40, 8, 8, 2
 log = os.open(sys.argv.pop(1), os.O_WRONLY | os.O_APPEND | os.O_CREAT)
 seconds, read = float(sys.argv.pop(1)), locations.read
 def logged(uri):

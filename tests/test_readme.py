@@ -12,7 +12,6 @@ import pytest
 
 from conftest import COLOURS, draw
 from features import backbones
-from features.views import UNTRAINED, Request
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = ["backbones", "compact", "demo", "export", "extract", "info", "predict", "train", "vacuum", "verify"]
@@ -34,7 +33,7 @@ def workplace(tmp_path: Path, photos: Path) -> Path:
     houses.to_csv(tmp_path / "houses.csv", index=False)
     for number in range(30):
         draw(tmp_path / f"{number}.png", (number * 8, 100, 50))
-    model = backbones.load(Request.parse("mobilenet_v2", UNTRAINED)).model
+    model, _ = backbones.build("mobilenet_v2")
     torch.save(model.state_dict(), tmp_path / "mobilenet_v2.pth")
     return tmp_path
 

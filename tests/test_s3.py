@@ -72,15 +72,15 @@ def test_tables_and_tars_may_lie_on_s3(few: Path, bucket: str, toy: Toy, tmp_pat
     fs.pipe_file(f"{path}/empty.png", b"")
     fs.pipe_file(f"{path}/marker.png/", b"")
     store = FeatureStore.open_or_new(str(tmp_path / "store"))
-    whole = extract(list_source(source), store, toy.request)
+    whole = extract(list_source(source), store, [toy.request])
     assert [whole[count] for count in ("listed", "embedded", "failed")] == [17, 8, 1]
-    table = extract(list_source(f"{source}/t.csv"), store, toy.request)
+    table = extract(list_source(f"{source}/t.csv"), store, [toy.request])
     assert [table[count] for count in ("listed", "embedded", "failed")] == [9, 0, 1]
     shard = list_source(f"{source}/set.tar").listing.to_pylist()
     assert {row["id"]: read(row["uri"]) for row in shard} == {name: (few / name).read_bytes() for name in names}
     told = {row["id"]: row["error"].split(":")[0] for row in store.snapshot().samples.to_pylist() if row["error"]}
     assert told == {"empty.png": "empty", "gone.png": "missing"}
-    again = [extract(list_source(url), store, toy.request)["opened"] for url in (source, f"{source}/t.csv")]
+    again = [extract(list_source(url), store, [toy.request])["opened"] for url in (source, f"{source}/t.csv")]
     assert again == [0, 1]  # The missing one is looked for again.
 
 

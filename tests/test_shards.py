@@ -80,24 +80,24 @@ def test_the_command_line_refuses_a_shard_that_is_none(photos: Path, permafrost:
 def test_shards_add_up_to_the_whole(photos: Path, tmp_path: Path, toy: Toy) -> None:
     store = FeatureStore.open_or_new(str(tmp_path / "store"))
     whole = FeatureStore.open_or_new(str(tmp_path / "whole"))
-    records = [extract(list_source(str(photos), shard=Shard(i, 3)), store, toy.request) for i in (2, 0, 1)]
+    records = [extract(list_source(str(photos), shard=Shard(i, 3)), store, [toy.request]) for i in (2, 0, 1)]
     assert sum(record["embedded"] for record in records) == 24
     assert min(record["embedded"] for record in records) > 0
-    extract(list_source(str(photos)), whole, toy.request)
+    extract(list_source(str(photos)), whole, [toy.request])
     assert store.snapshot().samples.equals(whole.snapshot().samples)
-    assert extract(list_source(str(photos)), store, toy.request)["opened"] == 0
+    assert extract(list_source(str(photos)), store, [toy.request])["opened"] == 0
 
 
 def test_a_shard_lets_go_of_its_own_samples_only(photos: Path, tmp_path: Path, toy: Toy) -> None:
     store = FeatureStore.open_or_new(str(tmp_path / "store"))
     whole = list_source(str(photos))
-    extract(whole, store, toy.request)
+    extract(whole, store, [toy.request])
     gone = sorted(whole.listing["id"].to_pylist())[::3]
     for name in gone:
         (photos / name).unlink()
     draw(photos / "new.png", (1, 2, 3))
     for index in range(2):
-        extract(list_source(str(photos), shard=Shard(index, 2)), store, toy.request)
+        extract(list_source(str(photos), shard=Shard(index, 2)), store, [toy.request])
     assert store.snapshot().samples["id"].to_pylist() == list_source(str(photos)).listing["id"].to_pylist()
 
 
@@ -134,7 +134,7 @@ def test_in_whatever_order_shards_are_published_the_newest_listing_of_each_sampl
 def test_a_clock_that_was_ahead_does_not_freeze_a_shard(tmp_path: Path, photos: Path, toy: Toy) -> None:
     store = FeatureStore.open_or_new(str(tmp_path / "store"))
     source = list_source(str(photos), shard=Shard(0, 2))
-    extract(source, store, toy.request)
+    extract(source, store, [toy.request])
     rows = store.snapshot().samples
     ahead = (datetime.now(UTC) + timedelta(days=9)).isoformat()
     store.publish(source.name, rows.slice(1), ahead, True, Shard(0, 2))

@@ -50,7 +50,7 @@ def own(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def filled(location: Path, store: FeatureStore, toy: Toy) -> tuple[int, int, int]:
-    record = extract(list_source(str(location)), store, toy.request)
+    record = extract(list_source(str(location)), store, [toy.request])
     return record["opened"], record["embedded"], record["failed"]
 
 

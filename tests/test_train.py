@@ -29,7 +29,7 @@ from pipeline.train import train
 @pytest.fixture
 def store(tmp_path: Path, photos: Path, toy: Toy) -> FeatureStore:
     opened = FeatureStore.open_or_new(str(tmp_path / "store"))
-    extract(list_source(str(photos)), opened, toy.request)
+    extract(list_source(str(photos)), opened, [toy.request])
     return opened
 
 
@@ -106,7 +106,7 @@ def test_other_weights_are_refused(store: FeatureStore, tmp_path: Path, photos: 
     with pytest.raises(ViewMismatch, match="weights is 'V1', asked for 'V2'"):
         predict.predict_source(trained, list_source(str(photos)), weights="V2")
     other = FeatureStore.open_or_new(str(tmp_path / "other"))
-    extract(list_source(str(photos)), other, Request("toy", "V2"), view=trained.view.name)
+    extract(list_source(str(photos)), other, [Request("toy", "V2")], view=trained.view.name)
     with pytest.raises(ViewMismatch, match="weights is 'V2', asked for 'V1'"):
         predict.predict_store(trained, other)
     with pytest.raises(ViewMismatch, match="weights is 'V1', asked for 'V2'"):
@@ -117,7 +117,7 @@ def test_copies_share_a_fold(photos: Path, tmp_path: Path, toy: Toy) -> None:
     for number, path in enumerate(sorted(photos.rglob("*.png"))):
         (path.parent / f"copy-{number}.png").write_bytes(path.read_bytes())
     store = FeatureStore.open_or_new(str(tmp_path / "store"))
-    extract(list_source(str(photos)), store, toy.request)
+    extract(list_source(str(photos)), store, [toy.request])
     facts = train(store, "label", tmp_path / "bundle", test_where="id = 'test/red/18.png'")
     assert facts["rows"]["train_copies"] == 23 and facts["rows"]["test_copies"] == 1
     said = (tmp_path / "bundle/report.md").read_text()

@@ -109,7 +109,7 @@ def fill(tmp_path: Path, toy: Toy) -> Callable[..., dict[str, Any]]:
     def run(*urls: str) -> dict[str, Any]:
         table = tmp_path / "table.csv"
         table.write_text("\n".join(("image", *urls)) + "\n")
-        return extract(list_source(str(table)), store, toy.request)
+        return extract(list_source(str(table)), store, [toy.request])
 
     return run
 
@@ -193,14 +193,14 @@ def test_folders_tables_and_stores_may_lie_behind_urls(photos: Path, toy: Toy) -
     fs, path = fsspec.url_to_fs(base)
     fs.put(str(photos), path, recursive=True)
     store = FeatureStore.open_or_new(f"{base}-store")
-    assert extract(list_source(base), store, toy.request)["embedded"] == 24
-    again = extract(list_source(f"{base}/"), store, toy.request)
+    assert extract(list_source(base), store, [toy.request])["embedded"] == 24
+    again = extract(list_source(f"{base}/"), store, [toy.request])
     assert (again["opened"], again["outcome"]) == (0, "unchanged")
     local = list_source(str(photos)).listing
     listed = store.snapshot().samples
     assert listed.select(["id", "label", "split"]).equals(local.select(["id", "label", "split"]))
     fs.pipe_file(f"{path}/t.jsonl", b'{"image": "train/red/00.png"}\n{"image": "nothing.png"}\n')
-    record = extract(list_source(f"{base}/t.jsonl"), store, toy.request)
+    record = extract(list_source(f"{base}/t.jsonl"), store, [toy.request])
     assert (record["embedded"], record["failed"]) == (0, 1)
     loaded = store.load()
     assert len(loaded.ids) == 25

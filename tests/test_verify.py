@@ -123,11 +123,11 @@ def test_real_stores_verify_clean_also_while_a_run_fills_them(tmp_path: Path, ph
     assert verify.verify(FeatureStore.open(str(old))) == []
     store = FeatureStore.open_or_new(str(tmp_path / "new"))
 
-    extract(list_source(str(photos)), store, toy.request)
+    extract(list_source(str(photos)), store, [toy.request])
 
     def run() -> None:
         for number in range(5):
-            extract(list_source(str(photos), name=f"s{number}"), store, toy.request)
+            extract(list_source(str(photos), name=f"s{number}"), store, [toy.request])
             publish(store, *range(number + 1))
 
     with ThreadPoolExecutor(1) as pool:
