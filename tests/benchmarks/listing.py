@@ -21,7 +21,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 
-from features import extract, samples
+from features import embedding, fill, samples
+from features.extract import extract
 from features.plan import Plan
 from features.sources import list_source
 from features.store import FeatureStore
@@ -69,15 +70,15 @@ def folder(place: Path) -> None:
     facts, random = read(source.listing), np.random.default_rng(0)
     from features import parts
 
-    for start in range(0, FILES, extract.PART):
-        keys = facts["sha256"][start : start + extract.PART].to_pylist()
+    for start in range(0, FILES, embedding.PART):
+        keys = facts["sha256"][start : start + embedding.PART].to_pylist()
         parts.write(store.root, view, keys, random.standard_normal((len(keys), 64), np.float32), {})
     plan = Plan.make(source.listing, samples.READING.empty_table(), set())
     store.publish(source.name, plan.rows(source.name, [facts]), source.listed_at)
     store.refresh_listing()
 
     def run() -> None:
-        record = extract.extract(list_source(str(tree)), store, Request.parse("tiny"))
+        record = extract(list_source(str(tree)), store, [Request.parse("tiny")])
         assert (record["opened"], record["outcome"], "torch" in sys.modules) == (0, "unchanged", False)
 
     rounds = [(timed(lambda: scanned(str(tree))), timed(run)) for _ in range(REPETITIONS)]
@@ -104,7 +105,7 @@ def publish(place: Path) -> None:
         begun = time.perf_counter()
         source = list_source(str(place / "table.csv"), id_column="key")
         listed = time.perf_counter()
-        plan, _, _ = extract.look_ahead(source, store, "v", store.snapshot())
+        plan = fill.look_ahead(source, store, {"v": Request("none", "V1")}, store.snapshot()).plan
         compared = time.perf_counter()
         rows = plan.rows(source.name, [read(source.listing.take(pa.array(plan.todo)))] if len(plan.todo) else [])
         _, outcome = store.publish(source.name, rows, source.listed_at)
