@@ -276,7 +276,8 @@ def test_other_families_give_what_their_classifying_layer_reads(name: str, tmp_p
         model(transform(Image.open(file))[None])
     backbone = backbones.load([Request.parse(name, str(tmp_path / "w.pth"))])
     found = backbone.embed([images.decode(file.read_bytes()).image])
-    assert np.allclose(found, seen[0].numpy(), rtol=1e-4, atol=1e-6)
+    # Of values around 1e9, as random weights give them here, the smallest are what large ones leave.
+    assert np.linalg.norm(found - seen[0].numpy()) <= 1e-5 * np.linalg.norm(seen[0].numpy())
 
 
 def test_a_node_that_is_no_vector_tokens_or_map_is_refused() -> None:

@@ -29,5 +29,5 @@ def test_the_script_that_makes_tiny_runs_and_repeats_itself(tmp_path: Path) -> N
         subprocess.run([*map(str, command), "--smoke"], check=True, capture_output=True)
         log = json.loads(out.with_suffix(".json").read_text())
         assert log["photographs"] == 96 and len(log["loss"]) == log["epochs"] == 1
-        states.append(backbones.load(Request.parse("tiny", str(out))).spec)
+        states.append(backbones.load([Request.parse("tiny", str(out))]).specs)
     assert states[0] == states[1]
