@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import uuid
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from features import backbones, forward, images, parts
 from features.backbones import Backbone
 from features.store import FeatureStore
 from features.views import Request, View
+from pipeline import cli
 
 SECRET = "a-very-recognisable-secret"
 COLOURS = {"red": (220, 40, 40), "green": (40, 200, 60), "blue": (50, 60, 210)}
@@ -102,7 +104,35 @@ def toy(monkeypatch: pytest.MonkeyPatch) -> Toy:
 
 
 @pytest.fixture
-def permafrost() -> Callable[..., subprocess.CompletedProcess[str]]:
+def permafrost(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run the command line in this process: to start one of its own takes longer than most of what is tested."""
+
+    def run(*arguments: object, code: int = 0, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+        words = ["permafrost", *map(str, arguments)]
+        capfd.readouterr()
+        with monkeypatch.context() as patch, warnings.catch_warnings():
+            # As Python starts, not as pytest has it.
+            warnings.resetwarnings()
+            for kind in (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning):
+                warnings.simplefilter("ignore", kind)
+            patch.setattr(sys, "argv", words)
+            patch.setenv("OMP_WAIT_POLICY", "passive")
+            # A thread that an earlier test left hanging must not end the tests.
+            patch.setattr(os, "_exit", sys.exit)
+            patch.chdir(cwd or Path.cwd())
+            with pytest.raises(SystemExit) as end:
+                cli.main()
+        done = subprocess.CompletedProcess(words, int(end.value.code or 0), *capfd.readouterr())
+        assert done.returncode == code, f"exit {done.returncode}: {done.stdout}{done.stderr}"
+        return done
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def process() -> Callable[..., subprocess.CompletedProcess[str]]:
     """Run the command line as a process of its own."""
 
     def run(*arguments: object, code: int = 0, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:

@@ -85,18 +85,18 @@ def code(row: dict[str, Any]) -> str:
     return (row["error"] or row["status"]).partition(":")[0]
 
 
-def test_no_odd_image_takes_a_gibibyte_or_a_run_with_it(permafrost: Permafrost, testdata: Path, tmp_path: Path) -> None:
+def test_no_odd_image_takes_a_gibibyte_or_a_run_with_it(process: Permafrost, testdata: Path, tmp_path: Path) -> None:
     draw(tmp_path / "one/a.png", (1, 2, 3))
-    _, least, _ = measured(permafrost, tmp_path / "one", tmp_path / "idle")
-    rows, peak, seconds = measured(permafrost, testdata / "odd_images", tmp_path / "store")
+    _, least, _ = measured(process, tmp_path / "one", tmp_path / "idle")
+    rows, peak, seconds = measured(process, testdata / "odd_images", tmp_path / "store")
     assert len(rows) > 100 and {code(row) for row in rows.values()} <= images.REASONS | {"ok"}
     assert peak - least <= GIB and seconds < 60
 
 
-def test_a_folder_of_traps_is_rows_within_seconds(permafrost: Permafrost, tmp_path: Path) -> None:
+def test_a_folder_of_traps_is_rows_within_seconds(process: Permafrost, tmp_path: Path) -> None:
     folder = tmp_path / "traps"
     draw(folder / "good.png", (1, 2, 3))
-    _, least, _ = measured(permafrost, folder, tmp_path / "idle")
+    _, least, _ = measured(process, folder, tmp_path / "idle")
     for name, content in {
         "bomb.png": resized("png", 60000, 60000),
         "bomb.webp": resized("webp", 16383, 16383),
@@ -116,7 +116,7 @@ def test_a_folder_of_traps_is_rows_within_seconds(permafrost: Permafrost, tmp_pa
     os.truncate(folder / "sparse.png", 2**40)
     Path(os.fsdecode(os.fsencode(folder) + b"/\xff.png")).write_bytes(b"no image")
     draw(folder / "locked.png", (3, 2, 1)).chmod(0)
-    rows, peak, seconds = measured(permafrost, folder, tmp_path / "store")
+    rows, peak, seconds = measured(process, folder, tmp_path / "store")
     told = {key: code(row) for key, row in rows.items()}
     assert told.pop("locked.png") == ("unreadable" if os.geteuid() else "ok")
     assert told.pop("vast.jpg") in ("ok", "truncated", "timeout")

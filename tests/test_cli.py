@@ -19,23 +19,23 @@ from conftest import COLOURS, answer, draw
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
-def test_from_photographs_to_predictions(permafrost: Run, photos: Path, tmp_path: Path) -> None:
+def test_from_photographs_to_predictions(process: Run, photos: Path, tmp_path: Path) -> None:
     extract = ("extract", photos, "--store", tmp_path / "store", "--backbone", "tiny", "--json")
-    first = answer(permafrost(*extract))
+    first = answer(process(*extract))
     assert (first["listed"], first["opened"], first["embedded"], first["failed"]) == (24, 24, 24, 0)
-    second = answer(permafrost(*extract))
+    second = answer(process(*extract))
     assert (second["opened"], second["outcome"], second["snapshot"]) == (0, "unchanged", 1)
     train = ("train", tmp_path / "store", "--target", "label", "--out", tmp_path / "bundle")
-    facts = answer(permafrost(*train, "--where", "split = 'train'", "--test-where", "split = 'test'", "--json"))
+    facts = answer(process(*train, "--where", "split = 'train'", "--test-where", "split = 'test'", "--json"))
     assert facts["scores"]["test"]["head"]["accuracy"] == 1.0
     out = tmp_path / "predictions.parquet"
-    counts = answer(permafrost("predict", tmp_path / "bundle", photos / "test", "--out", out, "--json"))
+    counts = answer(process("predict", tmp_path / "bundle", photos / "test", "--out", out, "--json"))
     assert counts == {"out": str(out), "samples": 6, "predicted": 6, "failed": 0}
     rows = pq.read_table(out).to_pylist()
     assert [row["prediction"] for row in rows] == [row["id"].split("/")[0] for row in rows]
-    info = answer(permafrost("info", tmp_path / "store", "--json"))
+    info = answer(process("info", tmp_path / "store", "--json"))
     assert info["views"]["tiny-V1-penultimate"]["samples"] == 24 and info["columns"] == ["label", "split"]
-    assert "tiny-V1-penultimate" in permafrost("info", tmp_path / "store").stdout
+    assert "tiny-V1-penultimate" in process("info", tmp_path / "store").stdout
 
 
 def test_a_dry_run_writes_nothing(permafrost: Run, photos: Path, tmp_path: Path) -> None:
@@ -176,8 +176,8 @@ def test_two_views_have_to_be_told_apart(permafrost: Run, photos: Path, tmp_path
 
 
 @pytest.mark.slow
-def test_no_process_dies_as_it_exits(photos: Path, tmp_path: Path, permafrost: Run) -> None:
+def test_no_process_dies_as_it_exits(photos: Path, tmp_path: Path, process: Run) -> None:
     # Arrow's threads outlive a read; with a Python file in their hands one process in eight aborted under load.
-    permafrost("extract", photos, "--store", tmp_path / "store", "--backbone", "tiny")
+    process("extract", photos, "--store", tmp_path / "store", "--backbone", "tiny")
     with ThreadPoolExecutor(6) as pool:
-        list(pool.map(lambda _: permafrost("info", tmp_path / "store", "--json"), range(120)))
+        list(pool.map(lambda _: process("info", tmp_path / "store", "--json"), range(120)))

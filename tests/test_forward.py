@@ -160,12 +160,12 @@ def test_another_precision_than_the_views_is_refused(permafrost: Any, photos: Pa
 
 
 @pytest.mark.slow
-def test_compiled_or_not_the_vectors_are_alike(permafrost: Any, photos: Path, tmp_path: Path) -> None:
+def test_compiled_or_not_the_vectors_are_alike(process: Any, photos: Path, tmp_path: Path) -> None:
     found = {}
     for precision in ("fp32", "bf16"):
         for how in ("off", "on", "on"):
             store = tmp_path / f"{precision}-{how}-{len(found)}"
-            permafrost(
+            process(
                 *("extract", photos, "--store", store, "--backbone", "tiny"),
                 *("--precision", precision, "--compile", how),
             )
@@ -196,11 +196,11 @@ def test_without_a_compiler_a_run_says_so_and_goes_on(photos: Path, tmp_path: Pa
 @pytest.mark.parametrize("name", SHIPPED)
 @pytest.mark.parametrize("pictures", ["hymenoptera", "caltech20"])
 def test_the_fast_path_is_the_reference_path(
-    name: str, pictures: str, permafrost: Any, testdata: Path, tmp_path: Path
+    name: str, pictures: str, process: Any, testdata: Path, tmp_path: Path
 ) -> None:
     origin = testdata / "weights" / f"{name}-imagenet.pth"
     run = ("extract", testdata / pictures, "--store", tmp_path / "fast", "--backbone", name, "--weights", origin)
-    permafrost(*run, "--compile", "on")
+    process(*run, "--compile", "on")
     # Decoded in full, float32, eager: that this is what PIL, the weights' transforms and an untouched model give is for
     # test_backbones.
     fast, exact = (FeatureStore.open_or_new(str(tmp_path / which)) for which in ("fast", "exact"))
@@ -216,14 +216,14 @@ def test_the_fast_path_is_the_reference_path(
     scores = []
     for store in ("fast", "exact"):
         out = tmp_path / f"{store}-bundle"
-        trained = answer(permafrost("train", tmp_path / store, "--target", "label", *where, "--out", out, "--json"))
+        trained = answer(process("train", tmp_path / store, "--target", "label", *where, "--out", out, "--json"))
         scores.append(trained["scores"]["cross_validation"]["head"]["accuracy"]["mean"])
     assert abs(scores[0] - scores[1]) <= 0.005
 
 
-def test_two_runs_give_the_same_bits(permafrost: Any, photos: Path, tmp_path: Path) -> None:
+def test_two_runs_give_the_same_bits(process: Any, photos: Path, tmp_path: Path) -> None:
     for store in ("one", "two"):
-        permafrost("extract", photos, "--store", tmp_path / store, "--backbone", "tiny")
+        process("extract", photos, "--store", tmp_path / store, "--backbone", "tiny")
     one, two = (FeatureStore.open(str(tmp_path / store)).load() for store in ("one", "two"))
     assert np.array_equal(one.embeddings, two.embeddings)
 

@@ -1,11 +1,10 @@
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -38,15 +37,20 @@ def workplace(tmp_path: Path, photos: Path) -> Path:
     return tmp_path
 
 
-def test_every_command_works(workplace: Path, photos: Path) -> None:
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+def as_the_shell_reads(commands: list[str]) -> list[list[str]]:
+    """The arguments of each command."""
+    script = "\n".join(["permafrost() { printf '%s\\0' \"$@\"; echo; }", *commands])
+    said = subprocess.run(script, shell=True, check=True, capture_output=True, text=True).stdout
+    return [line.split("\0")[:-1] for line in said.splitlines()]
+
+
+def test_every_command_works(workplace: Path, photos: Path, permafrost: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     commands = [line.replace("SOURCE", str(photos)) for block in blocks("bash") for line in block.splitlines()]
     assert all(command.startswith("permafrost ") for command in commands)
-    for command in commands:
-        done = subprocess.run(
-            command, shell=True, cwd=workplace, env=os.environ | {"PATH": path}, capture_output=True, text=True
-        )
-        assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
+    asked = as_the_shell_reads(commands)
+    assert len(asked) == len(commands)
+    for arguments in asked:
+        permafrost(*arguments, cwd=workplace)
     predictions = pd.read_parquet(workplace / "predictions.parquet")
     assert (predictions["prediction"] == predictions["id"].str.split("/").str[1]).all()
     assert set(pd.read_parquet(workplace / "by-path/samples.parquet")["colour"]) == set(COLOURS)
@@ -54,11 +58,10 @@ def test_every_command_works(workplace: Path, photos: Path) -> None:
     for part in list(workplace.glob("store/embeddings/*/*.parquet")):
         shutil.copy(part, part.with_name(f"2099{part.name}"))
     assert len(blocks("python")) == 4
+    monkeypatch.chdir(workplace)
     for recipe in blocks("python"):
-        program = (
-            f"{recipe}\nassert len(images) == 24 and {{'id', 'label', 'embedding'}} <= set(images.columns), images"
-        )
-        subprocess.run([sys.executable, "-c", program], cwd=workplace, check=True)
+        exec(recipe, left := dict[str, Any]())
+        assert len(left["images"]) == 24 and {"id", "label", "embedding"} <= set(left["images"].columns), recipe
 
 
 def test_every_exit_code_of_ours_stands_in_the_table() -> None:
@@ -83,10 +86,8 @@ def test_every_option_and_command_has_help_text() -> None:
     assert typer
 
 
-def test_the_demo_ends_with_what_the_readme_shows(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "pipeline.cli", "demo"], cwd=tmp_path, capture_output=True, text=True, check=True
-    )
+def test_the_demo_ends_with_what_the_readme_shows(tmp_path: Path, permafrost: Any) -> None:
+    done = permafrost("demo", cwd=tmp_path)
     shown = next(block for block in blocks("") if "dummy" in block)
 
     def without_numbers(text: str) -> str:
