@@ -183,16 +183,26 @@ def test_what_was_finished_survives_kills_on_s3(world: World, undisturbed: tuple
     kill_at_random(world, undisturbed, 5, 2)
 
 
+def end_early(world: World, number: signal.Signals | None, code: int, seconds: float) -> str:
+    """End a run once it has finished something, by a signal or else by giving it so many seconds."""
+    if number:
+        running = world.start(seconds=0.05)
+        while not list(world.store.glob("pending/*")) and running.poll() is None:
+            time.sleep(0.02)
+        running.send_signal(number)
+        return ended(running, code)
+    said = ""
+    while not list(world.store.glob("pending/*")):
+        # However busy the machine is, reading all takes twice as long, and if starting did, there is more next time.
+        said, seconds = world.end("--max-seconds", seconds, code=code, seconds=seconds / 100), 2 * seconds
+    return said
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (None, 7)])
 def test_a_run_that_is_told_to_end_keeps_what_it_has(
     world: World, undisturbed: tuple[World, float], number: signal.Signals | None, code: int
 ) -> None:
-    running = world.start(*([] if number else ["--max-seconds", 1.2 * undisturbed[1]]), seconds=0.05)
-    while number and not list(world.store.glob("pending/*")) and running.poll() is None:
-        time.sleep(0.02)
-    if number:
-        running.send_signal(number)
-    said = ended(running, code)
+    said = end_early(world, number, code, 1.2 * undisturbed[1])
     finished, before = world.finished(), len(world.reads())
     assert f"{len(finished)} of 400 samples are done and kept" in said and 0 < len(finished) < 400
     assert not (world.store / "snapshots").exists() and not (world.store / "samples.parquet").exists()
@@ -206,7 +216,7 @@ def test_a_run_that_is_told_to_end_keeps_what_it_has(
 def test_short_runs_come_to_an_end(world: World, undisturbed: tuple[World, float]) -> None:
     limit, ends = ("--max-seconds", 1.5 * undisturbed[1]), []
     while not ends or ends[-1] == 7:
-        running = world.start(*limit, seconds=0.04)
+        running = world.start(*limit, seconds=limit[1] / 150)
         running.communicate()
         ends.append(running.returncode)
         assert len(ends) < 12
