@@ -294,6 +294,8 @@ def _print_scores(facts: dict[str, Any], out: Path) -> None:
 
 def main() -> None:
     """Run the command line; the README lists the exit codes."""
+    # A thread that waits by spinning burns whole time slices once others want its core. Read where torch is loaded.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     # Pillow warns of odd metadata, and of large images; neither says which file.
     warnings.filterwarnings("ignore", module=r"PIL\.")
     warnings.showwarning = lambda message, *_: print(f"permafrost: {message}", file=sys.stderr)

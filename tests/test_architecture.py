@@ -57,6 +57,28 @@ def test_importing_loads_neither_torch_nor_scikit_learn(program: str) -> None:
     assert subprocess.check_output([sys.executable, "-c", check], text=True).strip() == "[]"
 
 
+@pytest.mark.parametrize(("asked", "found"), [(None, "passive"), ("active", "active")])
+def test_threads_are_told_how_to_wait_before_torch_is_loaded(
+    asked: str | None, found: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    if asked:
+        monkeypatch.setenv("OMP_WAIT_POLICY", asked)
+    program = """
+import os, sys
+class Finder:
+    def find_spec(self, name, *_):
+        if name == "torch":
+            print(os.environ.get("OMP_WAIT_POLICY"))
+            os._exit(0)
+sys.meta_path.insert(0, Finder())
+from pipeline.cli import main
+main()
+"""
+    said = subprocess.check_output([sys.executable, "-uc", program, "backbones"], text=True)
+    assert said.strip() == found
+
+
 def test_help_loads_neither_torch_nor_scikit_learn() -> None:
     done = subprocess.run(
         [sys.executable, "-X", "importtime", "-m", "pipeline.cli", "--help"], capture_output=True, text=True, check=True
