@@ -108,8 +108,8 @@ def vary(photos: Path, folder: Path, count: int) -> list[str]:
     return written
 
 
-def told(program: str, *arguments: str, **environment: str) -> dict[str, Any]:
-    command = [sys.executable, "-c", program, *arguments]
+def told(program: str, *arguments: str, python: str = sys.executable, **environment: str) -> dict[str, Any]:
+    command = [python, "-c", program, *arguments]
     found = subprocess.run(command, check=True, stdout=subprocess.PIPE, env=os.environ | environment)
     result: dict[str, Any] = json.loads(found.stdout.splitlines()[-1])
     return result
