@@ -81,7 +81,7 @@ def extract(
         If there are more than `max_failures`, having published.
     """
     views = named(requests, view)
-    most = guards.most_failures(max_failures, len(source.listing))
+    most = guards.most(max_failures, len(source.listing), "--max-failures")
     with runs.recorded(store.root, "extract") as record:
         record |= {"source": source.name, "shard": str(source.shard), "views": list(views)}
         before = store.snapshot()

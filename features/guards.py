@@ -1,4 +1,4 @@
-"""What is checked before a run publishes: that the listing did not shrink, and how many failures are too many."""
+"""What is checked before a run publishes: that the listing did not shrink, and how many of something are too many."""
 
 from __future__ import annotations
 
@@ -40,17 +40,17 @@ def require_samples(source: Source, before: Snapshot, allow_shrink: bool = False
         raise SourceError(f"source {source.name} holds no image; images are told by extensions such as .jpg and .png")
 
 
-def most_failures(text: str | None, listed: int) -> float:
-    """How many failed samples are not yet too many: a count, or a share of all such as ``5%``.
+def most(text: str | None, total: int, option: str) -> float:
+    """How many are not yet too many: a count, or a share of all such as ``5%``; any number where nothing was said.
 
     Raises
     ------
     PermafrostError
-        If it is neither.
+        If it is neither; names the option.
     """
     if text is None:
         return float("inf")
     match = re.fullmatch(r"(\d+(?:\.\d+)?)%|(\d+)", text.strip())
     if not match:
-        raise PermafrostError(f"--max-failures {text!r} is neither a count such as 10 nor a share such as 5%")
-    return float(match[1]) / 100 * listed if match[1] else float(match[2])
+        raise PermafrostError(f"{option} {text!r} is neither a count such as 10 nor a share such as 5%")
+    return float(match[1]) / 100 * total if match[1] else float(match[2])

@@ -65,6 +65,20 @@ def list_table(location: str, image: str | None, id_column: str | None) -> pa.Ta
     )
 
 
+def read(location: str, as_text: set[str]) -> pa.Table:
+    """Read a table, those of its columns that are named as text.
+
+    Raises
+    ------
+    SourceError
+        If it cannot be read.
+    """
+    if not location.lower().endswith(SUFFIXES):
+        raise SourceError(f"table {redacted(location)} is of no known kind ({', '.join(SUFFIXES)})")
+    with locations.opened_native(location) as file:
+        return _read(file, location, as_text & set(_header(file, location)))
+
+
 def _uris(images: pa.ChunkedArray, location: str) -> list[str]:
     """Where each image is: a URL, or a path, which is relative to the table."""
     base, slash, _ = location.rpartition("/")

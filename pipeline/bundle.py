@@ -16,12 +16,13 @@ import skops.io
 from features.errors import BundleError, DataError
 from features.views import View
 
-FORMAT = 1
+FORMAT = 2
 """Of `bundle.json` and the files beside it. Raise it when an older reader would misread one; keep reading the older
 ones, and keep a bundle of each in the tests."""
 
 # Everything our heads are made of, by the name of skops' loader for it. A bundle with anything else is not ours.
 TYPES: dict[str, frozenset[str]] = {
+    "FunctionNode": frozenset({"numpy.exp", "numpy.log"}),
     "JsonNode": frozenset({"builtins.str"}),
     "TypeNode": frozenset({"builtins.str"}),
     "DictNode": frozenset({"builtins.dict"}),
@@ -45,6 +46,10 @@ TYPES: dict[str, frozenset[str]] = {
             "_loss.loss.HalfBinomialLoss",
             "_loss.loss.HalfMultinomialLoss",
             "_loss.loss.HalfSquaredError",
+            "calibration.CalibratedClassifierCV",
+            "calibration._CalibratedClassifier",
+            "calibration._SigmoidCalibration",
+            "calibration._TemperatureScaling",
             "compose._target.TransformedTargetRegressor",
             "ensemble._forest.RandomForestClassifier",
             "ensemble._forest.RandomForestRegressor",
@@ -58,7 +63,9 @@ TYPES: dict[str, frozenset[str]] = {
             "neighbors._classification.KNeighborsClassifier",
             "neighbors._regression.KNeighborsRegressor",
             "pipeline.Pipeline",
+            "preprocessing._data.Normalizer",
             "preprocessing._data.StandardScaler",
+            "preprocessing._function_transformer.FunctionTransformer",
             "preprocessing._label.LabelBinarizer",
             "preprocessing._label.LabelEncoder",
             "svm._classes.LinearSVC",
@@ -71,21 +78,29 @@ TYPES: dict[str, frozenset[str]] = {
     ),
 }
 # Of these, the ones that skops does not trust by itself.
-_TRUSTED = ["sklearn.tree._tree.Tree", "sklearn.ensemble._hist_gradient_boosting.predictor.TreePredictor"]
+_TRUSTED = [
+    "sklearn.calibration._CalibratedClassifier",
+    "sklearn.calibration._SigmoidCalibration",
+    "sklearn.calibration._TemperatureScaling",
+    "sklearn.tree._tree.Tree",
+    "sklearn.ensemble._hist_gradient_boosting.predictor.TreePredictor",
+]
+_PLACES = frozenset({"__class__", "__module__", "__loader__", "__id__"})
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """A trained head, the view it reads, and how it came about.
+    """Trained heads, the view they read, and how they came about.
 
     Attributes
     ----------
-    head : sklearn.pipeline.Pipeline
+    heads : dict of str to sklearn.pipeline.Pipeline
+        By target.
     facts : dict
         The content of `bundle.json`.
     """
 
-    head: Any
+    heads: dict[str, Any]
     facts: dict[str, Any]
 
     @property
@@ -114,7 +129,7 @@ def require_free(out: Path) -> None:
         raise DataError(f"folder {out.parent} for --out is not there; make it first")
 
 
-def save(out: Path, head: Any, facts: dict[str, Any], report: str) -> dict[str, Any]:
+def save(out: Path, heads: dict[str, Any], facts: dict[str, Any], report: str) -> dict[str, Any]:
     """Write a bundle, in the place of an older one if there is one.
 
     Returns
@@ -123,7 +138,7 @@ def save(out: Path, head: Any, facts: dict[str, Any], report: str) -> dict[str, 
         `facts` with the format and the files' digests, as `bundle.json` has them.
     """
     files = {
-        "head.skops": skops.io.dumps(head, compression=zipfile.ZIP_DEFLATED),
+        "head.skops": skops.io.dumps(heads, compression=zipfile.ZIP_DEFLATED),
         "report.md": report.encode(),
     }
     digests = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
@@ -167,12 +182,20 @@ def load(path: Path) -> Bundle:
             raise BundleError(f"bundle {path} was changed: {name} is not the file that was saved")
     try:
         audit(contents["head.skops"], path)
-        return Bundle(skops.io.loads(contents["head.skops"], trusted=_TRUSTED), facts)
+        heads = skops.io.loads(contents["head.skops"], trusted=_TRUSTED)
     except BundleError:
         raise
     # Whatever skops and scikit-learn stumble over in a head that was tampered with.
     except Exception as error:
         raise BundleError(f"{path}/head.skops cannot be loaded: {type(error).__name__}: {error}") from None
+    if facts["format"] == 1:
+        # There was one target, and its head was the file.
+        facts = facts | {"targets": [{"name": facts["target"], "classes": facts["classes"]}]}
+        heads = {facts["target"]: heads}
+    names = [target["name"] for target in facts["targets"]]
+    if not isinstance(heads, dict) or list(heads) != names:
+        raise BundleError(f"{path}/head.skops does not hold the heads for {', '.join(names)}")
+    return Bundle(heads, facts)
 
 
 def _read_facts(path: Path) -> dict[str, Any]:
@@ -220,3 +243,8 @@ def audit(head: bytes, path: Path) -> None:
                 kind = f"{node.get('__module__')}.{node.get('__class__')}"
                 if kind not in TYPES.get(str(node.get("__loader__")), ()):
                     raise BundleError(f"{path}/head.skops holds a {kind}, which no bundle of permafrost's holds")
+                if node["__loader__"] == "FunctionNode" and not node.keys() <= _PLACES:
+                    # Older protocols of skops look up a function by what else the node says.
+                    raise BundleError(
+                        f"{path}/head.skops names a function in a way that no bundle of permafrost's does"
+                    )

@@ -9,12 +9,14 @@ import threading
 import time
 import warnings
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated
 
 import typer
 
 from features.errors import PermafrostError, redacted
-from pipeline.cli_store import JsonOption, StoreArgument, commands
+from pipeline import cli_heads, cli_store
+from pipeline.cli_heads import print_scores
+from pipeline.cli_store import JsonOption
 from pipeline.console import say_result
 
 app = typer.Typer(
@@ -25,7 +27,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-app.add_typer(commands)
+app.add_typer(cli_heads.commands)
+app.add_typer(cli_store.commands)
 
 CLIENTS = ("botocore", "aiobotocore", "aiohttp", "gcsfs", "google")
 """Libraries whose errors tell of the network, and are no OSError."""
@@ -152,54 +155,6 @@ def extract(
 
 
 @app.command()
-def train(
-    store: StoreArgument,
-    target: Annotated[str, typer.Option(metavar="COLUMN", help="Column of the samples to predict.")],
-    out: Annotated[Path, typer.Option(metavar="BUNDLE", help="Directory for the bundle; an older bundle is replaced.")],
-    view: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Which view to read.", show_default="the only one")
-    ] = None,
-    head: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME",
-            help="logreg, linear_svm, rbf_svm, tree, random_forest, hist_gradient_boosting, knn or ridge.",
-            show_default="logreg for classes, ridge for quantities",
-        ),
-    ] = None,
-    task: Annotated[
-        Literal["classification", "regression"] | None,
-        typer.Option(help="What the target is.", show_default="read off the target"),
-    ] = None,
-    folds: Annotated[int, typer.Option(metavar="N", help="Folds of the cross-validation.")] = 5,
-    where: Annotated[str | None, typer.Option(metavar="SQL", help="Condition for the rows to train on.")] = None,
-    test_where: Annotated[
-        str | None, typer.Option(metavar="SQL", help="Condition for the rows of the test, never trained on.")
-    ] = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Cross-validate a head on stored embeddings, fit it, and save it as a bundle."""
-    from features.store import FeatureStore
-    from pipeline.train import train
-
-    facts = train(
-        FeatureStore.open(store),
-        target,
-        out,
-        view=view,
-        head=head,
-        task=task,
-        folds=folds,
-        where=where,
-        test_where=test_where,
-    )
-    if as_json:
-        say_result(facts | {"bundle": str(out)}, as_json, "")
-    else:
-        _print_scores(facts, out)
-
-
-@app.command()
 def predict(
     bundle: BundleArgument,
     source: Annotated[str, typer.Argument(metavar="SOURCE|STORE", help="New images, or a feature store.")],
@@ -279,17 +234,7 @@ def demo(
     if as_json:
         say_result(facts | {"bundle": str(out / "bundle"), "predictions": str(predictions)}, as_json, "")
     else:
-        _print_scores(facts, out / "bundle")
-
-
-def _print_scores(facts: dict[str, Any], out: Path) -> None:
-    from pipeline import console, report
-
-    title = f"{facts['target']} from {facts['view']['name']}, {facts['rows']['train']} training samples"
-    console.table(["", facts["head"], "dummy"], report.score_rows(facts), title)
-    for note in report.notes(facts):
-        print(f"note: {note}")
-    print(f"\nbundle: {out}")
+        print_scores(facts, out / "bundle")
 
 
 def main() -> None:

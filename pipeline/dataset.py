@@ -1,9 +1,9 @@
-"""A store and a target become a matrix: which samples, in which order, with which labels."""
+"""A store and a question become matrices: which samples, in which order, with which labels, split how."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import duckdb
 import numpy as np
@@ -15,124 +15,157 @@ from features import parts, samples
 from features.errors import DataError, ViewMismatch
 from features.store import FeatureStore, Snapshot
 from features.views import View
+from pipeline.folds import Examples
+from pipeline.groups import Groups, find
+from pipeline.labels import MOST_UNMATCHED, join
+from pipeline.targets import Target
 
-Task = Literal["classification", "regression"]
-MOST_INTEGER_CLASSES = 20
-"""Integers with more distinct values than this are taken for quantities."""
-
-
-@dataclass(frozen=True)
-class Dataset:
-    """Samples with their embeddings and labels.
-
-    Attributes
-    ----------
-    samples : pandas.DataFrame
-        One row per sample, by `features.samples.SCHEMA` and with the sources' own columns.
-    X : numpy.ndarray
-        float32, shape (samples, dim).
-    y : numpy.ndarray
-        Labels, shape (samples,): strings, integers or booleans for classes, float64 for quantities.
-    groups : numpy.ndarray
-        int64, shape (samples,): equal for samples that must not be separated, which are copies of one image.
-    """
-
-    samples: pd.DataFrame
-    X: NDArray[np.float32]
-    y: NDArray[Any]
-    groups: NDArray[np.int64]
-
-    def __len__(self) -> int:
-        return len(self.y)
+TRAINED, VALIDATED, TESTED = frozenset({"train", "training"}), frozenset({"val", "valid", "validation"}), "test"
 
 
 @dataclass(frozen=True)
-class Split:
-    """What to train on, and what is kept for the test.
+class Selection:
+    """Which samples count, and how they are split.
 
     Attributes
     ----------
-    train : Dataset
-    test : Dataset or None
-    task : str
-        ``classification`` or ``regression``.
-    left_out : dict of str to int
-        How many of the chosen samples are in neither part, by reason: ``failed``, ``not_embedded``, ``unlabelled``.
-    test_copies : int
-        Test samples whose very bytes are in the training set too.
-    """
-
-    train: Dataset
-    test: Dataset | None
-    task: Task
-    left_out: dict[str, int]
-    test_copies: int
-
-
-def load(
-    store: FeatureStore,
-    view: View,
-    snapshot: Snapshot,
-    target: str,
-    *,
-    where: str | None = None,
-    test_where: str | None = None,
-    task: Task | None = None,
-) -> Split:
-    """Join samples, labels and embeddings.
-
-    Parameters
-    ----------
-    store : FeatureStore
-    view : View
-    snapshot : Snapshot
-    target : str
-        Column with the labels.
     where : str, optional
         SQL condition over the samples' columns; all samples by default.
     test_where : str, optional
         SQL condition for the samples of the test; these are never trained on.
-    task : str, optional
-        By default read off the target: floats, and integers of more than 20 values, are quantities.
+    split : str, optional
+        Column with ``train``, ``val`` and ``test``, in the place of both conditions. Where nothing is called ``test``,
+        the test is on ``val``; otherwise ``val`` is trained on, since folds take its part.
+    groups : str, optional
+        Column whose values must not be in two folds.
+    time : str, optional
+        Column by which the past is told from the future.
+    labels : str, optional
+        Table with further columns; see `pipeline.labels.join`.
+    on, max_unmatched : str
+    near_duplicates : bool
+        Whether near duplicates must share a fold.
+    """
+
+    where: str | None = None
+    test_where: str | None = None
+    split: str | None = None
+    groups: str | None = None
+    time: str | None = None
+    labels: str | None = None
+    on: str = "id"
+    max_unmatched: str = MOST_UNMATCHED
+    near_duplicates: bool = True
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Samples with their embeddings, in one order, and what is known of them together.
+
+    Attributes
+    ----------
+    samples : pandas.DataFrame
+        One row per sample, by `features.samples.SCHEMA`, with the sources' own columns and those of the labels.
+    embeddings : dict of str to numpy.ndarray
+        By view; float32, shape (samples, dim).
+    tested : numpy.ndarray
+        bool, shape (samples,): kept for the test.
+    groups : Groups
+    times : numpy.ndarray or None
+    left_out : dict of str to int
+        How many of the chosen samples are not here, by reason: ``failed``, ``not_embedded``, ``unlabelled``.
+    labels : dict or None
+        How the table with the labels fitted.
+    """
+
+    samples: pd.DataFrame
+    embeddings: dict[str, NDArray[np.float32]]
+    tested: NDArray[np.bool_]
+    groups: Groups
+    times: NDArray[Any] | None
+    left_out: dict[str, int]
+    labels: dict[str, Any] | None
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def examples(self, target: Target, X: NDArray[np.float32], rows: NDArray[np.bool_]) -> Examples:
+        """Some of the samples with one of their labels; `X` has a row for each sample."""
+        times = None if self.times is None else self.times[rows]
+        return Examples(X if rows.all() else X[rows], target.y[rows], target.task, self.groups.of[rows], times)
+
+    def overlap(self) -> list[str]:
+        """Ids of test samples of which the training set has a copy or near duplicate."""
+        known = np.isin(self.groups.alike, self.groups.alike[~self.tested])
+        return list(self.samples.loc[self.tested & known, "id"])
+
+
+def load(
+    store: FeatureStore, views: list[View], snapshot: Snapshot, targets: list[str], selection: Selection
+) -> Dataset:
+    """Join samples, labels and embeddings; samples that any of the views lacks are left out.
 
     Raises
     ------
     DataError
-        If a condition cannot be run, the target is no column, or nothing is left to train on.
+        If a condition cannot be run, a column is not there, or nothing is left to train on.
     """
-    table = snapshot.samples
-    if target not in samples.own_columns(table):
-        raise DataError(
-            f"no column {target!r} to train for; the samples have {', '.join(samples.own_columns(table)) or 'none'}"
-        )
+    table, matched = snapshot.samples, None
+    if selection.labels:
+        table, matched = join(table, selection.labels, selection.on, selection.max_unmatched)
+    for column, why in [
+        *((target, "to train for") for target in targets),
+        *((selection.groups, "for --groups"), (selection.time, "for --time"), (selection.split, "for --split")),
+    ]:
+        if column is not None and column not in samples.own_columns(table):
+            known = ", ".join(samples.own_columns(table)) or "none"
+            raise DataError(f"no column {column!r} {why}; the samples have {known}")
     frame = table.to_pandas()
-    tested = select(table, test_where) if test_where is not None else np.zeros(len(frame), bool)
-    chosen = (select(table, where) if where is not None else np.ones(len(frame), bool)) | tested
-    found = np.zeros(len(frame), bool)
-    found[chosen], matrix = parts.gather(store.root, view, table["sha256"].filter(pa.array(chosen)))
-    rows = np.where(found, np.cumsum(chosen) - 1, -1)
-    ok, labelled = frame["status"].eq("ok").to_numpy(), frame[target].notna().to_numpy()
+    chosen, tested = _parts(table, frame, selection)
+    found, matrices = np.ones(len(frame), bool), {}
+    for view in views:
+        there = np.zeros(len(frame), bool)
+        there[chosen], matrices[view.name] = parts.gather(store.root, view, table["sha256"].filter(pa.array(chosen)))
+        found &= there
+    ok = frame["status"].eq("ok").to_numpy()
+    known = frame[targets].notna().any(axis=1).to_numpy()
+    if selection.time:
+        known &= frame[selection.time].notna().to_numpy()
     left_out = {
         "failed": int((chosen & ~ok).sum()),
-        "not_embedded": int((chosen & ok & (rows < 0)).sum()),
-        "unlabelled": int((chosen & ok & (rows >= 0) & ~labelled).sum()),
+        "not_embedded": int((chosen & ok & ~found).sum()),
+        "unlabelled": int((chosen & ok & found & ~known).sum()),
     }
-    usable = chosen & ok & (rows >= 0) & labelled
-    task = task or infer_task(frame.loc[usable, target])
+    usable = chosen & ok & found & known
+    for part, name in ((usable & ~tested, "train"), (usable & tested, "test")):
+        if not part.any() and (name == "train" or tested.any() or selection.test_where is not None):
+            told = left_out | {"for the test": int(tested.sum())}
+            counted = ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in told.items())
+            raise DataError(f"no sample to {name} on: of {int(chosen.sum())} chosen, {counted}")
+    kept, rows = frame[usable].reset_index(drop=True), (np.cumsum(chosen) - 1)[usable]
+    embeddings = {name: matrix if len(rows) == len(matrix) else matrix[rows] for name, matrix in matrices.items()}
+    together = find(kept, list(embeddings.values()), selection.groups, selection.near_duplicates)
+    times = kept[selection.time].to_numpy() if selection.time else None
+    return Dataset(kept, embeddings, tested[usable], together, times, left_out, matched)
 
-    def part(mask: NDArray[np.bool_]) -> Dataset:
-        kept = frame[mask].reset_index(drop=True)
-        y = _quantities(kept[target]) if task == "regression" else _classes(kept[target])
-        return Dataset(kept, matrix[rows[mask]], y, pd.factorize(kept["sha256"])[0].astype(np.int64))
 
-    train = part(usable & ~tested)
-    if not len(train):
-        raise DataError(f"no sample to train on: of {int(chosen.sum())} chosen, {_told(left_out, int(tested.sum()))}")
-    test = part(usable & tested) if test_where is not None else None
-    if test is not None and not len(test):
-        raise DataError(f"no sample to test on: --test-where chose {int(tested.sum())}, none usable")
-    copies = 0 if test is None else int(test.samples["sha256"].isin(train.samples["sha256"]).sum())
-    return Split(train, test, task, left_out, copies)
+def _parts(table: pa.Table, frame: pd.DataFrame, selection: Selection) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Which samples are chosen, and which of these are for the test."""
+    everything, nothing = np.ones(len(frame), bool), np.zeros(len(frame), bool)
+    chosen = select(table, selection.where) if selection.where is not None else everything
+    if selection.split is None:
+        tested = select(table, selection.test_where) if selection.test_where is not None else nothing
+        return chosen | tested, tested
+    if selection.test_where is not None:
+        raise DataError("--split and --test-where both say what the test is; use one of them")
+    told = frame[selection.split].astype("string").str.lower()
+    foreign = sorted(set(told.dropna()) - TRAINED - VALIDATED - {TESTED})
+    if foreign:
+        raise DataError(f"column {selection.split!r} says {foreign[0]!r}; --split knows train, val and test")
+    tested = told.eq(TESTED).fillna(False).to_numpy(bool)
+    if not tested.any():
+        tested = told.isin(VALIDATED).fillna(False).to_numpy(bool)
+    return chosen & told.notna().to_numpy(), chosen & tested
 
 
 def matching_view(store: FeatureStore, wanted: View) -> View:
@@ -180,40 +213,3 @@ def select(table: pa.Table, condition: str) -> NDArray[np.bool_]:
     mask = np.zeros(len(table), bool)
     mask[np.asarray(chosen, dtype=np.int64)] = True
     return mask
-
-
-def infer_task(target: pd.Series[Any]) -> Task:
-    """Tell classes from quantities by the type and the number of distinct values."""
-    if pd.api.types.is_bool_dtype(target) or not pd.api.types.is_numeric_dtype(target):
-        return "classification"
-    # Integers beside missing values arrive as floats.
-    whole = bool((target == target.round()).all())
-    return "classification" if whole and target.nunique() <= MOST_INTEGER_CLASSES else "regression"
-
-
-def _quantities(labels: pd.Series[Any]) -> NDArray[np.float64]:
-    try:
-        y = labels.to_numpy(np.float64)
-    except (TypeError, ValueError):
-        raise DataError(
-            f"column {labels.name!r} holds {str(labels.iloc[0])!r}, which is no quantity; use --task classification"
-        ) from None
-    if not np.isfinite(y).all():
-        raise DataError(f"column {labels.name!r} holds infinite values; leave them out with --where")
-    return y
-
-
-def _classes(labels: pd.Series[Any]) -> NDArray[Any]:
-    if pd.api.types.is_float_dtype(labels) and bool((labels == labels.round()).all()):
-        return labels.to_numpy(np.int64)
-    if pd.api.types.is_float_dtype(labels):
-        return labels.map(str).to_numpy(dtype=np.str_)
-    if pd.api.types.is_numeric_dtype(labels):
-        return labels.to_numpy()
-    return labels.astype(str).to_numpy(dtype=np.str_)
-
-
-def _told(left_out: dict[str, int], tested: int) -> str:
-    return ", ".join(
-        f"{count} {reason.replace('_', ' ')}" for reason, count in (left_out | {"for the test": tested}).items()
-    )

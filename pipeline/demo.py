@@ -16,6 +16,7 @@ from features.sources import list_source
 from features.store import FeatureStore
 from features.views import Request
 from pipeline import bundle, predict
+from pipeline.dataset import Selection
 from pipeline.train import train
 
 PIXELS = 64
@@ -52,11 +53,8 @@ def run(out: Path, progress: Progress, say: Callable[[str], None]) -> tuple[dict
     say(f"$ permafrost extract {images} --store {store} --backbone tiny")
     feature_store = FeatureStore.open_or_new(str(store))
     extract(list_source(str(images)), feature_store, [Request.parse("tiny")], progress=progress)
-    say(
-        f"$ permafrost train {store} --target label --where \"split = 'train'\" "
-        f"--test-where \"split = 'test'\" --out {trained}"
-    )
-    facts = train(feature_store, "label", trained, where="split = 'train'", test_where="split = 'test'")
+    say(f"$ permafrost train {store} --target label --split split --out {trained}")
+    facts = train(feature_store, "label", trained, selection=Selection(split="split"))
     say(f"$ permafrost predict {trained} {images}/test --store {store} --out {predictions}")
     table = predict.predict_source(bundle.load(trained), list_source(str(images / "test")), store=feature_store)
     predict.write(table, predictions)

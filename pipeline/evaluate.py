@@ -1,106 +1,181 @@
-"""Scores: cross-validated on the training rows, and on the rows of the test, each beside a dummy's."""
+"""Predictions of examples that a head was not fitted on: held out in folds, or kept for the test."""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import pandas as pd
-from joblib import parallel_config
+from joblib import Parallel, delayed
 from numpy.typing import NDArray
-from sklearn import metrics
-from sklearn.base import clone
 from sklearn.dummy import DummyClassifier, DummyRegressor
-from sklearn.model_selection import GroupKFold, KFold, StratifiedGroupKFold, StratifiedKFold, cross_validate
 from threadpoolctl import threadpool_limits
 
-from features.errors import DataError
-from pipeline.dataset import Dataset, Task
+from pipeline import tuning
+from pipeline.folds import Examples, Fold, Rows, part
+from pipeline.intervals import Score, difference, scores
+from pipeline.metrics import Predictions
+from pipeline.tuning import Fitted, Recipe
 
-SEED = 0
-
-# For each task the metrics by the names reports use, and whether scikit-learn's scorer gives the negative of it.
-SCORERS: dict[Task, dict[str, tuple[str, int]]] = {
-    "classification": {
-        "accuracy": ("accuracy", 1),
-        "balanced_accuracy": ("balanced_accuracy", 1),
-        "f1_macro": ("f1_macro", 1),
-    },
-    "regression": {
-        "r2": ("r2", 1),
-        "mae": ("neg_mean_absolute_error", -1),
-        "rmse": ("neg_root_mean_squared_error", -1),
-    },
-}
-
-Rows = NDArray[np.int64]
-Scores = dict[str, dict[str, Any]]
+SHARES_OF_EXAMPLES = (0.125, 0.25, 0.5)
+FEWEST = 20
+"""Examples below which a share of them is not worth a point of the learning curve."""
 
 
-def dummy(task: Task) -> Any:
-    """What a head must beat: the most frequent class, or the mean."""
-    return DummyClassifier(strategy="prior") if task == "classification" else DummyRegressor()
+@dataclass(frozen=True)
+class HeldOut:
+    """What was said of examples by heads that were fitted without them.
+
+    Attributes
+    ----------
+    rows : numpy.ndarray
+        int64, shape (scored,): places among the examples.
+    fold : numpy.ndarray
+        int64, shape (scored,).
+    groups : numpy.ndarray
+        int64, shape (scored,).
+    predictions : Predictions
+    uncalibrated : Predictions or None
+        Of the same heads before calibration.
+    by_share : dict of float to tuple
+        Predictions of heads that saw only so large a share of the examples, and how many these were.
+    chosen : list of Fitted
+        One for each fold, without its estimator.
+    fit_seconds, predict_seconds : float
+        For one fit of a fold, and for one example.
+    """
+
+    rows: Rows
+    fold: Rows
+    groups: Rows
+    predictions: Predictions
+    uncalibrated: Predictions | None
+    by_share: dict[float, tuple[Predictions, int]]
+    chosen: list[Fitted]
+    fit_seconds: float
+    predict_seconds: float
+
+    def scores(self) -> dict[str, Score]:
+        """Every metric with its interval."""
+        return scores(self.predictions, self.groups, self.fold)
 
 
-def fold(data: Dataset, task: Task, folds: int) -> list[tuple[Rows, Rows]]:
-    """Shuffled folds, stratified by class; copies of one image stay together.
+def held_out(recipe: Recipe, examples: Examples, folds: list[Fold], *, curve: bool = False) -> HeldOut:
+    """Fit a recipe in every fold and predict what was held out; whatever it chooses, it chooses inside the fold.
+
+    Parameters
+    ----------
+    recipe : Recipe
+    examples : Examples
+    folds : list of tuple of numpy.ndarray
+    curve : bool
+        Whether to fit on shares of the examples too, with the settings found on all of them.
+    """
+    whole, classes = tuning.with_distances(recipe, examples), labels_of(examples)
+
+    def one(place: Fold) -> tuple[Any, ...]:
+        fit, score = place
+        inside, outside = whole.take(fit), examples.take(score)
+        with threadpool_limits(limits=1, user_api="openmp"):
+            begun = time.perf_counter()
+            fitted = tuning.fit(recipe, inside)
+            done = time.perf_counter()
+            said = predictions(fitted.estimator, outside, classes)
+            seconds = done - begun, (time.perf_counter() - done) / len(score)
+            plain = _uncalibrated(fitted, outside, classes) if recipe.calibrate else None
+            less = _by_share(recipe, fitted, inside, outside, classes) if curve else {}
+        return said, plain, less, replace(fitted, estimator=None), seconds
+
+    found = _side_by_side(one, folds)
+    said, plain, less, chosen, seconds = zip(*found, strict=True)
+    return HeldOut(
+        rows=np.concatenate([score for _, score in folds]),
+        fold=np.repeat(np.arange(len(folds)), [len(score) for _, score in folds]),
+        groups=np.concatenate([examples.groups[score] for _, score in folds]),
+        predictions=joined(list(said)),
+        uncalibrated=joined(list(plain)) if recipe.calibrate else None,
+        by_share={
+            share: (joined([each[share][0] for each in less]), round(np.mean([each[share][1] for each in less])))
+            for share in SHARES_OF_EXAMPLES
+            if all(share in each for each in less)
+        },
+        chosen=list(chosen),
+        fit_seconds=float(np.mean([fit for fit, _ in seconds])),
+        predict_seconds=float(np.mean([predict for _, predict in seconds])),
+    )
+
+
+def held_out_by_dummy(examples: Examples, folds: list[Fold]) -> Predictions:
+    """What the labels alone allow: the most frequent class, or the mean, of each fold's examples."""
+    said = []
+    for fit, score in folds:
+        said.append(predictions(dummy(examples.take(fit)), examples.take(score), labels_of(examples)))
+    return joined(said)
+
+
+def dummy(examples: Examples) -> Any:
+    """What a head must beat, fitted."""
+    estimator = DummyRegressor() if examples.task == "regression" else DummyClassifier(strategy="prior")
+    return estimator.fit(examples.X[:, :0], examples.y)
+
+
+def labels_of(examples: Examples, others: Examples | None = None) -> NDArray[Any] | None:
+    """Distinct labels, sorted; None for quantities."""
+    if examples.task == "regression":
+        return None
+    return np.unique(np.concatenate([examples.y, others.y]) if others else examples.y)
+
+
+def predictions(estimator: Any, examples: Examples, classes: NDArray[Any] | None) -> Predictions:
+    """What a fitted head says of examples, beside their labels."""
+    said = estimator.predict(examples.X)
+    if classes is None:
+        return Predictions(np.asarray(examples.y, float), np.asarray(said, float))
+    place, known = np.searchsorted(classes, estimator.classes_), hasattr(estimator, "predict_proba")
+    shares = margins = None
+    if known:
+        shares = np.zeros((len(examples), len(classes)))
+        shares[:, place] = estimator.predict_proba(examples.X)
+    if len(classes) == 2 and len(place) == 2:
+        # What is compared must be of one kind: a calibrated head's margin is its probability.
+        margins = shares[:, 1] if shares is not None else np.asarray(estimator.decision_function(examples.X), float)
+    y, predicted = np.searchsorted(classes, examples.y), np.searchsorted(classes, said)
+    return Predictions(y, predicted, shares, margins, classes)
+
+
+def joined(parts: list[Predictions]) -> Predictions:
+    """Predictions of several folds as one."""
+
+    def together(name: str) -> Any:
+        values = [getattr(each, name) for each in parts]
+        return None if any(value is None for value in values) else np.concatenate(values)
+
+    columns = {name: together(name) for name in ("y", "predicted", "shares", "margins")}
+    return Predictions(**columns, classes=parts[0].classes)
+
+
+def learning_curve(found: HeldOut, metric: str, folds: list[Fold]) -> tuple[list[dict[str, Any]], Any]:
+    """A metric by the number of examples, and what the last doubling of it gained.
 
     Returns
     -------
-    list of tuple of numpy.ndarray
-        For each fold the rows to fit on and the rows to score.
-
-    Raises
-    ------
-    DataError
-        If a class, or the data, has fewer members than there are folds.
+    points : list of dict
+        ``rows``, ``value``, ``low``, ``high``; the last is of all examples of a fold.
+    doubling : dict or None
+        ``value``, ``low``, ``high`` of the gain from half of the examples to all; above 0 is better.
     """
-    if folds < 2:
-        raise DataError(f"{folds} folds cannot be cross-validated; use --folds 2 or more")
-    images = len(np.unique(data.groups))
-    if images < folds:
-        raise DataError(f"{images} training images are too few for {folds} folds; use fewer --folds")
-    if task == "classification":
-        _require_members(data, folds)
-    options = {"n_splits": folds, "shuffle": True, "random_state": SEED}
-    if images < len(data):
-        grouped = StratifiedGroupKFold if task == "classification" else GroupKFold
-        return list(grouped(**options).split(data.X, data.y, data.groups))
-    plain = StratifiedKFold if task == "classification" else KFold
-    return list(plain(**options).split(data.X, data.y))
-
-
-def _require_members(data: Dataset, folds: int) -> None:
-    # Copies of one image share a fold, so they count as one member.
-    members = pd.DataFrame({"class": data.y, "group": data.groups}).groupby("class")["group"].nunique()
-    classes, counts = members.index, members.to_numpy()
-    if len(classes) < 2:
-        raise DataError(f"all {len(data)} training samples are of class {str(classes[0])!r}; a head needs two classes")
-    rare = [f"{name} ({count})" for name, count in zip(classes, counts, strict=True) if count < folds]
-    if rare:
-        raise DataError(
-            f"{len(rare)} of {len(classes)} classes have fewer members than the {folds} folds: {', '.join(rare[:5])}; "
-            "use fewer --folds, or leave those classes out with --where"
-        )
-
-
-def cross_validated(head: Any, data: Dataset, task: Task, folds: int) -> Scores:
-    """Score a head and the dummy on held-out folds.
-
-    Returns
-    -------
-    dict
-        For ``head`` and ``dummy``, for each metric: ``folds`` (one score each), ``mean`` and ``std``.
-    """
-    # One list of folds, so that head and dummy are scored on the same rows.
-    parts = fold(data, task, folds)
-    scoring = {name: scorer for name, (scorer, _) in SCORERS[task].items()}
-    scores: Scores = {}
-    for who, estimator in (("head", head), ("dummy", dummy(task))):
-        with one_thread_each(), parallel_config("threading", n_jobs=-1):
-            found = cross_validate(clone(estimator), data.X, data.y, cv=parts, scoring=scoring, error_score="raise")
-        scores[who] = {name: _spread(sign * found[f"test_{name}"]) for name, (_, sign) in SCORERS[task].items()}
-    return scores
+    everything, doubling = found.scores(), None
+    points: list[dict[str, Any]] = []
+    for share, (said, rows) in found.by_share.items():
+        of_share = scores(said, found.groups)[metric]
+        points.append({"rows": rows} | of_share.to_json())
+        if share == 0.5:
+            doubling = difference(everything[metric], of_share, metric)
+    rows = round(np.mean([len(fit) for fit, _ in folds]))
+    full = everything[metric].to_json()
+    return [*points, {"rows": rows} | {name: full[name] for name in ("value", "low", "high")}], doubling
 
 
 def one_thread_each() -> threadpool_limits:
@@ -112,32 +187,27 @@ def one_thread_each() -> threadpool_limits:
     return threadpool_limits(limits=1, user_api="blas")
 
 
-def tested(head: Any, train: Dataset, test: Dataset, task: Task) -> Scores:
-    """Score a fitted head, and a dummy fitted on the same rows, on rows that neither has seen.
-
-    Returns
-    -------
-    dict
-        For ``head`` and ``dummy``, each metric's value.
-    """
-    baseline = dummy(task).fit(train.X, train.y)
-    return {
-        who: {
-            name: _defined(sign * metrics.get_scorer(scorer)(estimator, test.X, test.y))
-            for name, (scorer, sign) in SCORERS[task].items()
-        }
-        for who, estimator in (("head", head), ("dummy", baseline))
-    }
+def _side_by_side(one: Callable[[Fold], tuple[Any, ...]], folds: list[Fold]) -> list[tuple[Any, ...]]:
+    with one_thread_each():
+        return list(Parallel(n_jobs=-1, backend="threading")(delayed(one)(place) for place in folds))
 
 
-def _spread(scores: NDArray[np.float64]) -> dict[str, Any]:
-    return {
-        "mean": _defined(scores.mean()),
-        "std": _defined(scores.std(ddof=1)),
-        "folds": [_defined(score) for score in scores],
-    }
+def _uncalibrated(fitted: Fitted, outside: Examples, classes: NDArray[Any] | None) -> Predictions | None:
+    (calibrated,) = fitted.estimator.calibrated_classifiers_
+    # It was fitted to places in the list of classes; see `pipeline.tuning`.
+    places = np.searchsorted(fitted.estimator.classes_, outside.y)
+    said = predictions(calibrated.estimator, replace(outside, y=places), np.arange(len(fitted.estimator.classes_)))
+    return replace(said, classes=classes)
 
 
-def _defined(score: float) -> float | None:
-    """A score as JSON can hold it; R² of a single row, say, is not defined."""
-    return float(score) if np.isfinite(score) else None
+def _by_share(
+    recipe: Recipe, fitted: Fitted, inside: Examples, outside: Examples, classes: NDArray[Any] | None
+) -> dict[float, tuple[Predictions, int]]:
+    found = {}
+    for share in SHARES_OF_EXAMPLES:
+        rows = part(inside, share)
+        if FEWEST <= len(rows) < len(inside):
+            X, y = inside.X[rows], inside.y[rows]
+            head = tuning.built(recipe, fitted.head, fitted.settings, X).fit(X, y)
+            found[share] = predictions(head, outside, classes), len(rows)
+    return found

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from features import parts, runs, samples
 from features.embedding import Progress
@@ -68,7 +69,8 @@ def predict_source(
     -------
     pyarrow.Table
         One row per sample, by source and id: ``source, id, uri, sha256, status, error, prediction``, and for heads
-        that know probabilities ``p_<class>``. Samples that cannot be read have a reason and no prediction.
+        that know probabilities ``p_<class>``; of several targets ``prediction_<target>`` and ``p_<target>_<class>``.
+        Samples that cannot be read have a reason and no prediction.
 
     Raises
     ------
@@ -129,20 +131,30 @@ def _predict(bundle: Bundle, store: FeatureStore, view: View, rows: pa.Table) ->
     lacking = ~there & frame["status"].eq("ok").to_numpy()
     frame.loc[lacking, "status"] = "failed"
     frame.loc[lacking, "error"] = f"not_embedded: the store's view {view.name} has no embedding of it"
-    X, classes = matrix[there], bundle.facts["classes"]
-    # Estimators refuse a matrix without rows.
-    predicted = bundle.head.predict(X) if len(X) else np.array(classes or [0.0])[:0]
-    columns = {"prediction": _spread(predicted, there)}
-    if hasattr(bundle.head, "predict_proba"):
-        shares = bundle.head.predict_proba(X) if len(X) else np.empty((0, len(classes)))
-        columns |= {f"p_{name}": _spread(share, there) for name, share in zip(classes, shares.T, strict=True)}
+    X, columns = matrix[there], dict[str, pa.Array]()
+    for target in bundle.facts["targets"]:
+        columns |= _columns(bundle.heads[target["name"]], target, X, there, len(bundle.facts["targets"]) > 1)
     table = pa.Table.from_pandas(frame, schema=rows.schema, preserve_index=False)
     for name, values in columns.items():
         table = table.append_column(name, values)
     return table.sort_by([("source", "ascending"), ("id", "ascending")])
 
 
-def _spread(values: np.ndarray[Any, Any], there: np.ndarray[Any, np.dtype[np.bool_]]) -> pa.Array:
+def _columns(
+    head: Any, target: dict[str, Any], X: NDArray[np.float32], there: NDArray[np.bool_], of_several: bool
+) -> dict[str, pa.Array]:
+    """Predictions of one target, and its probabilities; they bear its name where there are several."""
+    classes, suffix = target["classes"], f"_{target['name']}" if of_several else ""
+    # Estimators refuse a matrix without rows.
+    predicted = head.predict(X) if len(X) else np.array(classes or [0.0])[:0]
+    columns = {f"prediction{suffix}": _spread(predicted, there)}
+    if hasattr(head, "predict_proba"):
+        shares = head.predict_proba(X) if len(X) else np.empty((0, len(classes)))
+        columns |= {f"p{suffix}_{name}": _spread(share, there) for name, share in zip(classes, shares.T, strict=True)}
+    return columns
+
+
+def _spread(values: NDArray[Any], there: NDArray[np.bool_]) -> pa.Array:
     """Values of the samples that have one, null for the others."""
     place = np.where(there, np.cumsum(there) - 1, 0)
     return pa.array(values).take(pa.array(place, mask=~there))

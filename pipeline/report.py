@@ -1,84 +1,202 @@
-"""Scores for people: the report that lies in every bundle."""
+"""Scores for people: the report that lies in every bundle, and what the command line prints of it."""
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 NAMES = {
     "accuracy": "accuracy",
     "balanced_accuracy": "balanced accuracy",
     "f1_macro": "macro F1",
+    "roc_auc": "ROC AUC",
+    "average_precision": "average precision",
+    "log_loss": "log loss",
+    "brier": "Brier score",
+    "ece": "calibration error",
     "r2": "R²",
     "mae": "mean absolute error",
     "rmse": "root mean squared error",
+    "mean_average_precision": "mean average precision",
+    "mean_roc_auc": "mean ROC AUC",
 }
+CONTROLS = {"dummy": "dummy", "file": "file alone", "pixels": "raw pixels", "untrained": "untrained backbone"}
+MOST_CLASSES = 30
 
 
-def score_rows(facts: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """One row per score: what was measured, the head's value, the dummy's.
+def columns(target: dict[str, Any]) -> list[str]:
+    """Heads of the columns of `score_rows`."""
+    return ["", target["head"], *(CONTROLS[name] for name in target["cross_validation"] if name != "head")]
 
-    Parameters
-    ----------
-    facts : dict
-        The content of `bundle.json`.
-    """
-    folds, test = facts["scores"]["cross_validation"], facts["scores"]["test"]
-    rows = [
-        (
-            f"{NAMES[name]}, {facts['settings']['folds']} folds",
-            _spread(folds["head"][name]),
-            _spread(folds["dummy"][name]),
-        )
-        for name in folds["head"]
-    ]
-    if test:
-        rows += [
-            (f"{NAMES[name]}, test", number(test["head"][name]), number(test["dummy"][name])) for name in test["head"]
-        ]
+
+def score_rows(facts: dict[str, Any], target: dict[str, Any]) -> list[tuple[str, ...]]:
+    """One row per score of a target: what was measured, the head's value and interval, those of its controls."""
+    rows = []
+    for where, found in ((f"{facts['settings']['folds']} folds", target["cross_validation"]), ("test", target["test"])):
+        for metric in found["head"] if found else []:
+            cells = [_cell(found[who].get(metric)) if who in found else "" for who in target["cross_validation"]]
+            rows.append((f"{NAMES[metric]}, {where}", *cells))
     return rows
 
 
+def title(facts: dict[str, Any], target: dict[str, Any]) -> str:
+    """What was learnt from what."""
+    return f"{target['name']} from {facts['view']['name']}, {target['rows']['train']:,} training samples"
+
+
 def notes(facts: dict[str, Any]) -> list[str]:
-    """What a reader of the scores must know: what was left out, and what may flatter."""
-    left_out = {reason.replace("_", " "): count for reason, count in facts["rows"]["left_out"].items() if count}
-    said = [f"{count} chosen samples are {reason} and were left out." for reason, count in left_out.items()]
-    if copies := facts["rows"]["test_copies"]:
-        said.append(f"{copies} test samples are copies of training samples, byte for byte: the test score flatters.")
-    if facts["rows"]["train_copies"]:
-        said.append(f"{facts['rows']['train_copies']} training samples are copies of others; copies share a fold.")
+    """What a reader of all the scores must know: what was left out, and what may flatter."""
+    rows = facts["rows"]
+    left_out = {reason.replace("_", " "): count for reason, count in rows["left_out"].items() if count}
+    said = [f"{count:,} chosen samples are {reason} and were left out." for reason, count in left_out.items()]
+    if labels := facts["labels"]:
+        odd = {name: labels[name] for name in ("unmatched", "repeated", "contradictory") if labels[name]}
+        told = ", ".join(f"{count:,} {name}" for name, count in odd.items())
+        said += [f"Of {labels['rows']:,} rows of {labels['table']}: {told}."] if odd else []
+    if rows["copies"]:
+        said.append(f"{rows['copies']:,} samples are copies of others, byte for byte; copies share a fold.")
+    if rows["near_duplicates"]:
+        said.append(f"{rows['near_duplicates']:,} samples are near duplicates of others; these share a fold.")
+    if rows["overlap"]:
+        said.append(
+            f"{rows['overlap']:,} of {rows['test']:,} test samples are copies or near duplicates of training samples "
+            f"({', '.join(rows['overlapping'])}{' …' if rows['overlap'] > len(rows['overlapping']) else ''}): "
+            "the test score flatters."
+        )
+    for metric, score in (facts["together"] or {}).items():
+        said.append(f"All {len(facts['targets'])} labels together: {NAMES[metric]} {_cell(score)}.")
     if not facts["snapshot"]["pinned"]:
         said.append("The snapshot could not be pinned in the store, and a clean-up there may remove it.")
     return said
 
 
+def findings(target: dict[str, Any]) -> list[str]:
+    """What the scores of one target mean."""
+    metric, said = NAMES[target["metric"]], []
+    value = target["cross_validation"]["head"][target["metric"]]["value"]
+    if target["settings"] or len({each["head"] for each in target["chosen"]}) > 1:
+        in_folds = Counter(_setting(each) for each in target["chosen"])
+        told = ", ".join(f"{setting} ({count})" for setting, count in in_folds.most_common())
+        said.append(f"Chosen: {_setting(target)}; within the folds: {told}.")
+    beaten_by = [name for name, gain in target["better_than"].items() if gain["low"] is None or gain["low"] <= 0]
+    for name in beaten_by:
+        verdict = "Negative transfer: the head" if name in ("pixels", "untrained") else "The head"
+        gain = _cell(target["better_than"][name], sign=True)
+        said.append(f"{verdict} does not clearly beat {_control(name)} ({metric} {gain}).")
+    said += [
+        f"{metric} is {_cell(target['better_than'][name], sign=True)} above {_control(name)}."
+        for name in ("pixels", "untrained")
+        if name in target["better_than"] and name not in beaten_by
+    ]
+    if target["random_split"] and value is not None:
+        random = target["random_split"]["value"]
+        said.append(
+            f"A random split, which tears groups and near duplicates apart, would say {metric} {number(random)}, "
+            f"{random - value:+.4f}: what is alike would be on both sides."
+        )
+    if gain := target["doubling"]:
+        more = "More labels would help" if (gain["low"] or 0) > 0 else "More labels may not help"
+        said.append(f"{more}: the last doubling of the examples brought {metric} {_cell(gain, sign=True)}.")
+    if "ece" in target["uncalibrated"]:
+        before, after = target["uncalibrated"]["ece"], target["cross_validation"]["head"]["ece"]
+        said.append(f"Calibration brought the calibration error from {_cell(before)} to {_cell(after)}.")
+    if sets := target["conformal"]:
+        what = "ranges are wide" if target["task"] == "regression" else "sets hold"
+        unit = "" if target["task"] == "regression" else " classes"
+        said.append(
+            f"Conformal {what} {number(sets['size'])}{unit} on average to cover {sets['level']:.0%}; "
+            f"held out they covered {sets['coverage']:.1%}"
+            + (f", in the test {sets['test_coverage']:.1%}." if "test_coverage" in sets else ".")
+        )
+    return said
+
+
 def markdown(facts: dict[str, Any]) -> str:
     """The report as Markdown."""
-    view, settings, rows = facts["view"], facts["settings"], facts["rows"]
-    lines = [
-        f"# {facts['target']} from {view['request']['backbone']}",
+    view, settings = facts["view"], facts["settings"]
+    lines = [f"# {', '.join(facts['target'])} from {view['request']['backbone']}", ""]
+    for target in facts["targets"]:
+        lines += _target_lines(facts, target)
+    lines += [
+        "In brackets: 95% intervals, by 1,000 resamples of the groups of samples. The dummy knows only the labels; "
+        "the file alone, its sides, bytes and format.",
         "",
-        f"A {facts['head']} head for {facts['task']}, fitted on all {rows['train']} training samples.",
-        *([f"Tested on {rows['test']} samples that it was not fitted on."] if rows["test"] else []),
-        *([f"Classes: {', '.join(map(str, facts['classes']))}."] if facts["classes"] else []),
-        "",
-        f"| score | {facts['head']} | dummy |",
-        "| --- | ---: | ---: |",
-        *(f"| {what} | {head} | {dummy} |" for what, head, dummy in score_rows(facts)),
-        "",
-        "Over folds: mean ± standard deviation. The dummy knows only the labels, and no image.",
-        *([""] if notes(facts) else []),
         *(f"- {note}" for note in notes(facts)),
         "",
         "## How it was made",
         "",
         f"- view `{view['name']}`, fingerprint `{view['fingerprint']}`",
         f"- snapshot {facts['snapshot']['number']} of `{facts['store']}`, digest `{facts['snapshot']['digest']}`",
-        f"- train: `{settings['where'] or 'all samples'}`; test: `{settings['test_where'] or 'none'}`",
-        f"- {settings['folds']} folds, seed {settings['seed']}",
+        *(f"- {name.replace('_', ' ')}: `{value}`" for name, value in settings.items() if value not in (None, False)),
         f"- {', '.join(f'{library} {version}' for library, version in facts['versions'].items())}",
         f"- {facts['created']}",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _target_lines(facts: dict[str, Any], target: dict[str, Any]) -> list[str]:
+    heading, rows = columns(target), target["rows"]
+    tested = f"; tested on {rows['test']:,} that it was not fitted on" if rows["test"] else ""
+    found = [
+        f"## {target['name']}",
+        "",
+        f"A {target['head']} head, fitted on all {rows['train']:,} training samples ({rows['independent']:,} of them "
+        f"independent){tested}.",
+        "",
+        f"| {' | '.join(['score', *heading[1:]])} |",
+        f"| --- {'| ---: ' * (len(heading) - 1)}|",
+        *(f"| {' | '.join(row)} |" for row in score_rows(facts, target)),
+        "",
+        *(f"- {finding}" for finding in findings(target)),
+        "",
+        "| examples | " + " | ".join(f"{point['rows']:,}" for point in target["learning_curve"]) + " |",
+        "| --- " + "| ---: " * len(target["learning_curve"]) + "|",
+        f"| {NAMES[target['metric']]} | " + " | ".join(_cell(point) for point in target["learning_curve"]) + " |",
+        "",
+    ]
+    if target["per_class"]:
+        worst = sorted(target["per_class"], key=lambda row: row["f1"] or 0)[:MOST_CLASSES]
+        measures = ("precision", "recall", "f1")
+        found += ["| class | samples | precision | recall | F1 |", "| --- | ---: | ---: | ---: | ---: |"]
+        found += [
+            " | ".join(["|", f"{row['class']}", f"{row['rows']:,}", *(number(row[key]) for key in measures), "|"])
+            for row in worst
+        ]
+        found.append("")
+    return found
+
+
+def leaderboard(facts: dict[str, Any]) -> tuple[list[str], list[tuple[str, ...]], str]:
+    """Columns, rows and title of what `permafrost compare` found."""
+    metric = facts["metric"]
+    rows: list[tuple[str, ...]] = [
+        (
+            str(place),
+            row["view"],
+            row["head"],
+            _cell(row["scores"][metric]),
+            "" if place == 1 else _cell(row["behind"]),
+            ("clearly" if row["clear"] else "perhaps not") if place > 1 else "",
+            f"{row['fit_seconds']:.2f}",
+            f"{row['predict_seconds'] * 1e6:,.0f}",
+        )
+        for place, row in enumerate(facts["leaderboard"], 1)
+    ]
+    heading = ["", "view", "head", NAMES[metric], "behind the best", "worse", "fit s", "predict µs"]
+    independent = facts["rows"]["independent"]
+    counted = f"{facts['rows']['train']:,} samples, {independent:,} of them independent"
+    return heading, rows, f"{facts['target']}: {counted}, {facts['settings']['folds']} folds"
+
+
+def of_comparison(facts: dict[str, Any]) -> list[str]:
+    """What a reader of a leaderboard must know."""
+    metric, board = facts["metric"], facts["leaderboard"]
+    alike = sum(not row["clear"] for row in board)
+    said = [f"The dummy has {NAMES[metric]} {_cell(facts['dummy'][metric])}."]
+    if len(board) > 1:
+        said.append(f"{alike} of {len(board)} cannot be told from the best by these samples.")
+        said.append(f"Being picked as the best of {len(board)} flatters it by about {facts['flatters']:.4f}.")
+    return said
 
 
 def number(value: float | None) -> str:
@@ -88,5 +206,29 @@ def number(value: float | None) -> str:
     return f"{value:.4f}" if abs(value) < 10 else f"{value:,.1f}"
 
 
-def _spread(score: dict[str, Any]) -> str:
-    return f"{number(score['mean'])} ± {number(score['std'])}"
+def _cell(score: dict[str, Any] | None, sign: bool = False) -> str:
+    if score is None:
+        return ""
+    value, low, high = (score[name] for name in ("value", "low", "high"))
+    if value is None:
+        return "undefined"
+    shown = f"{value:+.4f}" if sign and abs(value) < 10 else number(value)
+    return shown if low is None else f"{shown} [{_short(low)}, {_short(high)}]"
+
+
+def _short(value: float) -> str:
+    return f"{value:.3f}" if abs(value) < 10 else f"{value:,.0f}"
+
+
+def _setting(chosen: dict[str, Any]) -> str:
+    told = " ".join(f"{name}={value}" for name, value in chosen["settings"].items())
+    return f"{chosen['head']} {told}".strip()
+
+
+def _control(name: str) -> str:
+    return {
+        "dummy": "the dummy",
+        "file": "what the files' sides, bytes and formats tell",
+        "pixels": "raw pixels",
+        "untrained": "the same backbone untrained",
+    }[name]

@@ -1,51 +1,79 @@
-"""From a store to a bundle: data set, cross-validation, fit, test."""
+"""From a store to a bundle: data set, cross-validation beside controls, fit, test."""
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
+from features.embedding import Progress
+from features.errors import DataError
 from features.store import FeatureStore, Snapshot
-from pipeline import bundle, dataset, evaluate, heads, report
-from pipeline.dataset import Task
+from features.views import UNTRAINED, View
+from pipeline import bundle, controls, dataset, heads, multilabel, report, targets, tuning
+from pipeline.dataset import Dataset, Selection
+from pipeline.evaluate import HeldOut
+from pipeline.folds import SEED
+from pipeline.judge import Controls, judge
+from pipeline.targets import Kind, Target
+from pipeline.tuning import Recipe
 
 LIBRARIES = ("permafrost", "scikit-learn", "numpy", "skops")
+EVERYTHING = Selection()
 
 
 def train(
     store: FeatureStore,
-    target: str,
+    target: str | list[str],
     out: Path,
     *,
     view: str | None = None,
     head: str | None = None,
-    task: Task | None = None,
+    task: Kind | None = None,
+    selection: Selection = EVERYTHING,
     folds: int = 5,
-    where: str | None = None,
-    test_where: str | None = None,
+    tune: bool = False,
+    balanced: bool = False,
+    calibrate: bool = False,
+    log: bool = False,
+    with_controls: bool = False,
+    device: str = "auto",
+    progress: Progress = lambda done, total, busy: None,
+    say: Callable[[str], None] = lambda step: None,
 ) -> dict[str, Any]:
     """Cross-validate a head, fit it on every training row, test it, and save it as a bundle.
 
     Parameters
     ----------
     store : FeatureStore
-    target : str
-        Column of the samples with the labels.
+    target : str or list of str
+        Columns of the samples, or of the labels, to predict. Each gets a head of its own.
     out : pathlib.Path
         Where the bundle goes; an older bundle there is replaced.
     view : str, optional
         Needed where the store has more than one.
     head : str, optional
-        One of `pipeline.heads.HEADS`; by default logreg for classes and ridge for quantities.
+        One of `pipeline.heads.HEADS`, or ``auto``; by default logreg for classes and ridge for quantities.
     task : str, optional
-        ``classification`` or ``regression``; by default read off the target.
+        ``classification`` or ``regression``; by default read off each target, unless `log` tells.
+    selection : Selection, optional
+        Which samples to train and test on, and what must not be separated.
     folds : int
-    where, test_where : str, optional
-        SQL conditions over the samples' columns, for the rows to train on and the rows of the test.
+    tune, balanced, calibrate, log : bool
+        See `pipeline.tuning.Recipe`.
+    with_controls : bool
+        Whether to read up to 1,000 images again, for controls that know pixels but no backbone, and the backbone but
+        no training.
+    device : str
+        For the controls.
+    progress, say : callable, optional
+        Told of images that are read, and of steps.
 
     Returns
     -------
@@ -58,35 +86,118 @@ def train(
         If the store does not carry what training needs.
     """
     bundle.require_free(out)
+    names = [target] if isinstance(target, str) else target
     chosen, snapshot = store.pick_view(view), store.snapshot()
-    split = dataset.load(store, chosen, snapshot, target, where=where, test_where=test_where, task=task)
-    name = head or heads.DEFAULT[split.task]
-    model = heads.make(name, split.task)
-    folded = evaluate.cross_validated(model, split.train, split.task, folds)
-    with evaluate.one_thread_each():
-        model.fit(split.train.X, split.train.y)
-    tested = evaluate.tested(model, split.train, split.test, split.task) if split.test else None
+    data = dataset.load(store, [chosen], snapshot, names, selection)
+    asked = targets.read(data.samples, names, task or ("regression" if log else None))
+    recipes = {}
+    for each in asked:
+        named = head or heads.DEFAULT[targets.kind(each.task)]
+        recipes[each.name] = Recipe(each.task, named, tune, balanced, calibrate, log)
+        require_fitting(each, recipes[each.name])
+        tuning.candidates(recipes[each.name])
+    beside = _controls(data, chosen, with_controls, device, progress)
+    judged: list[dict[str, Any]] = []
+    fitted, held_out = dict[str, Any](), dict[str, HeldOut]()
+    for each in asked:
+        say(f"{each.name}: {recipes[each.name].head}, {folds} folds")
+        facts, fit, held_out[each.name] = _judged(each, recipes[each.name], data, chosen, beside, folds)
+        judged.append(facts)
+        fitted[each.name] = fit
     facts = {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "target": target,
-        "task": split.task,
-        "classes": model.classes_.tolist() if split.task == "classification" else None,
-        "head": name,
+        "target": names,
+        "targets": judged,
+        "together": multilabel.scores(held_out),
         "view": chosen.to_json(),
         "store": store.root.path,
         "snapshot": {"number": snapshot.number, "digest": snapshot.digest, "pinned": _pin(store, snapshot, out)},
-        "settings": {"folds": folds, "where": where, "test_where": test_where, "seed": evaluate.SEED},
-        "rows": {
-            "train": len(split.train),
-            "test": len(split.test) if split.test else 0,
-            "left_out": split.left_out,
-            "train_copies": len(split.train) - len(np.unique(split.train.groups)),
-            "test_copies": split.test_copies,
+        "settings": {
+            "task": task,
+            "folds": folds,
+            "tune": tune,
+            "balanced": balanced,
+            "calibrate": calibrate,
+            "log": log,
+            "controls": with_controls,
+            "seed": SEED,
+            **dataclasses.asdict(selection),
         },
-        "scores": {"cross_validation": folded, "test": tested},
+        "rows": _rows(data),
+        "labels": data.labels,
         "versions": {library: version(library) for library in LIBRARIES},
     }
-    return bundle.save(out, model, facts, report.markdown(facts))
+    return bundle.save(out, fitted, facts, report.markdown(facts))
+
+
+def require_fitting(target: Target, recipe: Recipe) -> None:
+    """Check that a recipe is for a target.
+
+    Raises
+    ------
+    DataError
+        If an option of it is for another task, or a logarithm is asked of what is not above 0.
+    """
+    if recipe.task == "regression" and (recipe.balanced or recipe.calibrate):
+        raise DataError(f"{target.name!r} is a quantity; --balanced and --calibrate are for classes")
+    if recipe.task != "regression" and recipe.log:
+        raise DataError(f"{target.name!r} has classes; --log is for quantities")
+    least = target.y[target.known].min() if recipe.log else 1
+    if least <= 0:
+        raise DataError(f"{target.name!r} goes down to {least:g}; --log is for quantities above 0")
+
+
+def _judged(
+    target: Target, recipe: Recipe, data: Dataset, view: View, beside: Controls, folds: int
+) -> tuple[dict[str, Any], Any, HeldOut]:
+    X, learnt, tested = data.embeddings[view.name], target.known & ~data.tested, target.known & data.tested
+    train = data.examples(target, X, learnt)
+    test = data.examples(target, X, tested) if tested.any() else None
+    mine = {name: (head, matrix[learnt]) for name, (head, matrix) in beside.items()}
+    facts, fitted, found = judge(recipe, train, test, folds, mine)
+    told = {
+        "name": target.name,
+        "task": target.task,
+        "classes": None if target.task == "regression" else fitted.estimator.classes_.tolist(),
+        "rows": {
+            "train": len(train),
+            "independent": len(np.unique(train.groups)),
+            "test": 0 if test is None else len(test),
+            "unlabelled": int((~target.known).sum()),
+        },
+    }
+    return told | facts, fitted.estimator, found
+
+
+def _controls(data: Dataset, view: View, with_images: bool, device: str, progress: Progress) -> Controls:
+    found: Controls = {"file": ("random_forest", controls.file_facts(data.samples))}
+    if with_images:
+        trained = np.flatnonzero(~data.tested)
+        rows = trained[controls.bounded(data.samples.loc[~data.tested])]
+        some = data.samples.loc[rows]
+        found["pixels"] = ("random_forest", _all_rows(controls.pixels(some), rows, len(data)))
+        if view.request.weights != UNTRAINED:
+            found["untrained"] = (None, _all_rows(controls.untrained(some, view, device, progress), rows, len(data)))
+    return found
+
+
+def _all_rows(values: NDArray[np.float32], rows: NDArray[np.int64], total: int) -> NDArray[np.float32]:
+    found = np.full((total, values.shape[1]), np.nan, np.float32)
+    found[rows] = values
+    return found
+
+
+def _rows(data: Dataset) -> dict[str, Any]:
+    overlap = data.overlap()
+    return {
+        "train": int((~data.tested).sum()),
+        "test": int(data.tested.sum()),
+        "left_out": data.left_out,
+        "copies": data.groups.copies,
+        "near_duplicates": data.groups.near,
+        "overlap": len(overlap),
+        "overlapping": overlap[:5],
+    }
 
 
 def _pin(store: FeatureStore, snapshot: Snapshot, out: Path) -> bool:

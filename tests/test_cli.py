@@ -27,7 +27,7 @@ def test_from_photographs_to_predictions(process: Run, photos: Path, tmp_path: P
     assert (second["opened"], second["outcome"], second["snapshot"]) == (0, "unchanged", 1)
     train = ("train", tmp_path / "store", "--target", "label", "--out", tmp_path / "bundle")
     facts = answer(process(*train, "--where", "split = 'train'", "--test-where", "split = 'test'", "--json"))
-    assert facts["scores"]["test"]["head"]["accuracy"] == 1.0
+    assert facts["targets"][0]["test"]["head"]["accuracy"]["value"] == 1.0
     out = tmp_path / "predictions.parquet"
     counts = answer(process("predict", tmp_path / "bundle", photos / "test", "--out", out, "--json"))
     assert counts == {"out": str(out), "samples": 6, "predicted": 6, "failed": 0}
@@ -171,7 +171,7 @@ def test_two_views_have_to_be_told_apart(permafrost: Run, photos: Path, tmp_path
     )
     said = permafrost(*train, "--view", "tiny-untrained-penultimate", code=2).stderr
     assert "too few" in said or "fewer members" in said or "two classes" in said
-    assert "note" not in permafrost(*train, "--view", "tiny-V1-penultimate").stdout
+    assert "accuracy, 2 folds" in permafrost(*train, "--view", "tiny-V1-penultimate").stdout
     assert set(COLOURS) == {"red", "green", "blue"}
 
 

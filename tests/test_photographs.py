@@ -32,10 +32,10 @@ def test_ants_and_bees(permafrost: Run, testdata: Path, tmp_path: Path) -> None:
     facts = answer(
         permafrost("train", store, "--target", "label", *split, "--head", "logreg", "--out", bundle, "--json")
     )
-    accuracy = facts["scores"]["test"]["head"]["accuracy"]
+    accuracy = facts["targets"][0]["test"]["head"]["accuracy"]["value"]
     assert accuracy >= 0.94
-    assert json.loads((bundle / "bundle.json").read_text())["scores"] == facts["scores"]
-    assert f"| accuracy, test | {accuracy:.4f} |" in (bundle / "report.md").read_text()
+    assert json.loads((bundle / "bundle.json").read_text())["targets"] == facts["targets"]
+    assert f"| accuracy, test | {accuracy:.4f} [" in (bundle / "report.md").read_text()
     permafrost("predict", bundle, photographs / "val", "--out", out)
     predicted = pq.read_table(out).to_pylist()
     assert len(predicted) == sum(path.is_file() for path in (photographs / "val").rglob("*"))
@@ -66,12 +66,13 @@ def test_prices_of_houses_and_counts_of_cells(permafrost: Run, testdata: Path, t
     backbone = ("--backbone", "mobilenet_v2", "--weights", testdata / "weights/mobilenet_v2-imagenet.pth")
     permafrost("extract", testdata / "houses/labels.csv", "--store", store, "--image", "frontal", *backbone)
     facts = answer(permafrost("train", store, "--target", "price", "--out", bundle, "--json"))
-    assert (facts["task"], facts["head"], facts["rows"]["train"]) == ("regression", "ridge", 535)
+    (price,) = facts["targets"]
+    assert (price["task"], price["head"], price["rows"]["train"]) == ("regression", "ridge", 535)
     permafrost("extract", testdata / "bccd/labels.csv", "--store", cells, *backbone)
     facts = answer(permafrost("train", cells, "--target", "rbc", "--out", bundle, "--json"))
-    scores = facts["scores"]["cross_validation"]
-    assert scores["head"]["mae"]["mean"] < scores["dummy"]["mae"]["mean"]
-    assert scores["head"]["r2"]["mean"] > 0.1
+    scores = facts["targets"][0]["cross_validation"]
+    assert scores["head"]["mae"]["value"] < scores["dummy"]["mae"]["value"]
+    assert scores["head"]["r2"]["value"] > 0.1
 
 
 @pytest.mark.slow
@@ -85,6 +86,6 @@ def test_the_shipped_backbone_beats_the_same_network_untrained(permafrost: Run, 
             facts = answer(
                 permafrost("train", store, "--view", view, "--target", "label", "--out", tmp_path / "b", "--json")
             )
-            accuracy[source, weights] = facts["scores"]["cross_validation"]["head"]["accuracy"]["mean"]
+            accuracy[source, weights] = facts["targets"][0]["cross_validation"]["head"]["accuracy"]["value"]
     assert accuracy["hymenoptera", "V1"] > accuracy["hymenoptera", "untrained"] + 0.05
     assert accuracy["caltech20", "V1"] > accuracy["caltech20", "untrained"] + 0.05
