@@ -91,7 +91,7 @@ def train(
     from pipeline.train import train
 
     chosen = Selection(where, test_where, split, groups, time, labels, on, max_unmatched, not split_near_duplicates)
-    with console.progress("controls") as progress:
+    with console.progress("folds") as progress:
         facts = train(
             FeatureStore.open(store),
             target,
@@ -148,7 +148,7 @@ def compare(
     from pipeline.dataset import Selection
 
     chosen = Selection(where, test_where, split, groups, time, labels, on, max_unmatched, not split_near_duplicates)
-    with console.progress("comparing") as progress:
+    with console.progress("folds") as progress:
         facts = compare(
             FeatureStore.open(store),
             target,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -77,15 +78,13 @@ def compare(
     learnt = sought.known & ~data.tested
     # One list of folds, so that all are scored on the same rows.
     parts = fold(data.examples(sought, data.embeddings[chosen[0].name], learnt), folds)
-    rows, done, total = [], 0, len(chosen) * len(recipes)
+    rows, done, total = [], itertools.count(1), len(chosen) * len(recipes) * folds
     for view in chosen:
         examples = data.examples(sought, data.embeddings[view.name], learnt)
         for recipe in recipes:
-            found = held_out(recipe, examples, parts)
+            found = held_out(recipe, examples, parts, tick=lambda: progress(next(done), total, ""))
             cost = {"fit_seconds": found.fit_seconds, "predict_seconds": found.predict_seconds}
             rows.append(({"view": view.name, "head": recipe.head} | cost, found.scores()))
-            done += 1
-            progress(done, total, "")
     metric = recipes[0].metric
     dummy = intervals.scores(held_out_by_dummy(examples, parts), found.groups, found.fold)
     return {
@@ -122,4 +121,5 @@ def _optimism(scores: list[Score], metric: str) -> float:
     resampled = sign * np.stack([score.resampled for score in scores])
     values = sign * np.array([score.value for score in scores])
     picked = np.nan_to_num(resampled, nan=-np.inf).argmax(axis=0)
-    return float(np.nanmean(resampled[picked, np.arange(resampled.shape[1])] - values[picked]))
+    gains = resampled[picked, np.arange(resampled.shape[1])] - values[picked]
+    return float(np.nan_to_num(gains).mean())

@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from features import reading
-from features.embedding import Progress
 from features.extract import extract
 from features.sources import Source
 from features.store import FeatureStore
@@ -61,7 +60,7 @@ def pixels(samples: pd.DataFrame) -> NDArray[np.float32]:
     return found
 
 
-def untrained(samples: pd.DataFrame, view: View, device: str, progress: Progress) -> NDArray[np.float32]:
+def untrained(samples: pd.DataFrame, view: View, device: str) -> NDArray[np.float32]:
     """Embeddings by the same backbone, layer and transform with random weights.
 
     Returns
@@ -77,7 +76,7 @@ def untrained(samples: pd.DataFrame, view: View, device: str, progress: Progress
     found = np.full((len(samples), view.dim), np.nan, np.float32)
     with tempfile.TemporaryDirectory(prefix="permafrost-") as scratch:
         store = FeatureStore.open_or_new(os.path.join(scratch, "store"))
-        extract(source, store, [request], view="untrained", device=device, progress=progress)
+        extract(source, store, [request], view="untrained", device=device)
         keys, matrix, _ = store.load("untrained")
     found[np.asarray(keys, dtype=np.int64)] = matrix
     return found

@@ -95,8 +95,9 @@ class Dataset:
         return Examples(X if rows.all() else X[rows], target.y[rows], target.task, self.groups.of[rows], times)
 
     def overlap(self) -> list[str]:
-        """Ids of test samples of which the training set has a copy or near duplicate."""
-        known = np.isin(self.groups.alike, self.groups.alike[~self.tested])
+        """Ids of test samples of which the training set has a copy, a near duplicate, or one of the same group."""
+        alike, of = self.groups.alike, self.groups.of
+        known = np.isin(alike, alike[~self.tested]) | np.isin(of, of[~self.tested])
         return list(self.samples.loc[self.tested & known, "id"])
 
 

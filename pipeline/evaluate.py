@@ -13,11 +13,14 @@ from numpy.typing import NDArray
 from sklearn.dummy import DummyClassifier, DummyRegressor
 from threadpoolctl import threadpool_limits
 
+from features.errors import DataError
 from pipeline import tuning
 from pipeline.folds import Examples, Fold, Rows, part
 from pipeline.intervals import Score, difference, scores
 from pipeline.metrics import Predictions
 from pipeline.tuning import Fitted, Recipe
+
+Tick = Callable[[], None]
 
 SHARES_OF_EXAMPLES = (0.125, 0.25, 0.5)
 FEWEST = 20
@@ -62,7 +65,9 @@ class HeldOut:
         return scores(self.predictions, self.groups, self.fold)
 
 
-def held_out(recipe: Recipe, examples: Examples, folds: list[Fold], *, curve: bool = False) -> HeldOut:
+def held_out(
+    recipe: Recipe, examples: Examples, folds: list[Fold], *, curve: bool = False, tick: Tick = lambda: None
+) -> HeldOut:
     """Fit a recipe in every fold and predict what was held out; whatever it chooses, it chooses inside the fold.
 
     Parameters
@@ -72,6 +77,13 @@ def held_out(recipe: Recipe, examples: Examples, folds: list[Fold], *, curve: bo
     folds : list of tuple of numpy.ndarray
     curve : bool
         Whether to fit on shares of the examples too, with the settings found on all of them.
+    tick : callable, optional
+        Told when a fold is done.
+
+    Raises
+    ------
+    DataError
+        If scikit-learn cannot fit the head to so few examples.
     """
     whole, classes = tuning.with_distances(recipe, examples), labels_of(examples)
 
@@ -80,12 +92,17 @@ def held_out(recipe: Recipe, examples: Examples, folds: list[Fold], *, curve: bo
         inside, outside = whole.take(fit), examples.take(score)
         with threadpool_limits(limits=1, user_api="openmp"):
             begun = time.perf_counter()
-            fitted = tuning.fit(recipe, inside)
-            done = time.perf_counter()
-            said = predictions(fitted.estimator, outside, classes)
+            try:
+                fitted = tuning.fit(recipe, inside)
+                done = time.perf_counter()
+                said = predictions(fitted.estimator, outside, classes)
+            except ValueError as error:
+                told = f"{error}".partition("\n")[0]
+                raise DataError(f"head {recipe.head!r} cannot learn from {len(fit)} examples: {told}") from None
             seconds = done - begun, (time.perf_counter() - done) / len(score)
             plain = _uncalibrated(fitted, outside, classes) if recipe.calibrate else None
             less = _by_share(recipe, fitted, inside, outside, classes) if curve else {}
+        tick()
         return said, plain, less, replace(fitted, estimator=None), seconds
 
     found = _side_by_side(one, folds)

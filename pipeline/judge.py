@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline import conformal, evaluate, intervals, tuning
-from pipeline.evaluate import HeldOut
+from pipeline.evaluate import HeldOut, Tick
 from pipeline.folds import Examples, Rows, fold
 from pipeline.intervals import Score, difference
 from pipeline.metrics import Predictions, per_class, reliability
@@ -23,7 +23,7 @@ where it has nothing to read."""
 
 
 def judge(
-    recipe: Recipe, train: Examples, test: Examples | None, folds: int, controls: Controls
+    recipe: Recipe, train: Examples, test: Examples | None, folds: int, controls: Controls, tick: Tick = lambda: None
 ) -> tuple[dict[str, Any], Fitted, HeldOut]:
     """Score a recipe on held-out folds and on the test, fit it on all training examples, and compare.
 
@@ -35,13 +35,13 @@ def judge(
     found : HeldOut
     """
     parts = fold(train, folds)
-    found = evaluate.held_out(recipe, train, parts, curve=True)
+    found = evaluate.held_out(recipe, train, parts, curve=True, tick=tick)
     ours = found.scores()
     beside = {"dummy": intervals.scores(evaluate.held_out_by_dummy(train, parts), found.groups, found.fold)}
     metric = recipe.metric
     compared = {"dummy": difference(ours[metric], beside["dummy"][metric], metric)}
     for name, (head, X) in controls.items():
-        theirs, mine = _controlled(recipe, head, train, X, found, folds)
+        theirs, mine = _controlled(recipe, head, train, X, found, folds, tick)
         beside[name], compared[name] = theirs, difference(mine[metric], theirs[metric], metric)
     fitted = _fitted(recipe, train)
     points, doubling = evaluate.learning_curve(found, metric, parts)
@@ -50,6 +50,7 @@ def judge(
         "settings": fitted.settings,
         "chosen": [{"head": each.head, "settings": each.settings} for each in found.chosen],
         "metric": metric,
+        "log": recipe.log,
         "cross_validation": {"head": _json(ours)} | {name: _json(scores) for name, scores in beside.items()},
         "better_than": compared,
         "learning_curve": points,
@@ -95,7 +96,13 @@ def _uncalibrated(found: HeldOut) -> dict[str, Score]:
 
 
 def _controlled(
-    recipe: Recipe, head: str | None, train: Examples, X: NDArray[np.float32], found: HeldOut, folds: int
+    recipe: Recipe,
+    head: str | None,
+    train: Examples,
+    X: NDArray[np.float32],
+    found: HeldOut,
+    folds: int,
+    tick: Tick,
 ) -> tuple[dict[str, Score], dict[str, Score]]:
     """Scores of a control, and of the recipe on the very rows that the control has."""
     plain, ours = _plain(recipe, found), found
@@ -104,7 +111,8 @@ def _controlled(
     parts = fold(mine, folds)
     if len(there) < len(train):
         ours = evaluate.held_out(plain, mine, parts)
-    theirs = evaluate.held_out(replace(plain, head=head or plain.head), replace(mine, X=X[there]), parts)
+    control = replace(plain, head=head or plain.head)
+    theirs = evaluate.held_out(control, replace(mine, X=X[there]), parts, tick=tick)
     return theirs.scores(), ours.scores()
 
 

@@ -20,7 +20,7 @@ from features.guards import require_samples
 from features.sources import Source
 from features.store import FeatureStore, Snapshot
 from features.views import Request, View
-from pipeline import dataset
+from pipeline import conformal, dataset
 from pipeline.bundle import Bundle
 
 CARRIED = ["source", "id", "uri", "sha256", "status", "error"]
@@ -69,7 +69,8 @@ def predict_source(
     -------
     pyarrow.Table
         One row per sample, by source and id: ``source, id, uri, sha256, status, error, prediction``, and for heads
-        that know probabilities ``p_<class>``; of several targets ``prediction_<target>`` and ``p_<target>_<class>``.
+        that know probabilities ``p_<class>`` and ``set``, the classes of the conformal set; quantities have the range
+        from ``low`` to ``high``. Of several targets ``prediction_<target>``, ``p_<target>_<class>`` and so on.
         Samples that cannot be read have a reason and no prediction.
 
     Raises
@@ -143,18 +144,25 @@ def _predict(bundle: Bundle, store: FeatureStore, view: View, rows: pa.Table) ->
 def _columns(
     head: Any, target: dict[str, Any], X: NDArray[np.float32], there: NDArray[np.bool_], of_several: bool
 ) -> dict[str, pa.Array]:
-    """Predictions of one target, and its probabilities; they bear its name where there are several."""
+    """Predictions of one target, its probabilities, and its conformal sets or ranges; of several they bear its name."""
     classes, suffix = target["classes"], f"_{target['name']}" if of_several else ""
     # Estimators refuse a matrix without rows.
     predicted = head.predict(X) if len(X) else np.array(classes or [0.0])[:0]
     columns = {f"prediction{suffix}": _spread(predicted, there)}
+    misfit = (target.get("conformal") or {}).get("threshold")
+    if misfit is not None and classes is None:
+        ends = conformal.ranges(np.asarray(predicted, float), misfit, target["log"])
+        columns |= {f"{name}{suffix}": _spread(end, there) for name, end in zip(("low", "high"), ends, strict=True)}
     if hasattr(head, "predict_proba"):
         shares = head.predict_proba(X) if len(X) else np.empty((0, len(classes)))
         columns |= {f"p{suffix}_{name}": _spread(share, there) for name, share in zip(classes, shares.T, strict=True)}
+        if misfit is not None:
+            chosen = [[str(classes[place]) for place in np.flatnonzero(row)] for row in conformal.sets(shares, misfit)]
+            columns[f"set{suffix}"] = _spread(pa.array(chosen, pa.list_(pa.string())), there)
     return columns
 
 
-def _spread(values: NDArray[Any], there: NDArray[np.bool_]) -> pa.Array:
+def _spread(values: NDArray[Any] | pa.Array, there: NDArray[np.bool_]) -> pa.Array:
     """Values of the samples that have one, null for the others."""
     place = np.where(there, np.cumsum(there) - 1, 0)
     return pa.array(values).take(pa.array(place, mask=~there))

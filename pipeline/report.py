@@ -58,10 +58,10 @@ def notes(facts: dict[str, Any]) -> list[str]:
     if rows["near_duplicates"]:
         said.append(f"{rows['near_duplicates']:,} samples are near duplicates of others; these share a fold.")
     if rows["overlap"]:
+        some = ", ".join(rows["overlapping"]) + (" …" if rows["overlap"] > len(rows["overlapping"]) else "")
         said.append(
-            f"{rows['overlap']:,} of {rows['test']:,} test samples are copies or near duplicates of training samples "
-            f"({', '.join(rows['overlapping'])}{' …' if rows['overlap'] > len(rows['overlapping']) else ''}): "
-            "the test score flatters."
+            f"{rows['overlap']:,} of {rows['test']:,} test samples have a copy, a near duplicate or a member of their "
+            f"group in the training set ({some}): the test score flatters."
         )
     for metric, score in (facts["together"] or {}).items():
         said.append(f"All {len(facts['targets'])} labels together: {NAMES[metric]} {_cell(score)}.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import itertools
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -18,7 +18,7 @@ from features.store import FeatureStore, Snapshot
 from features.views import UNTRAINED, View
 from pipeline import bundle, controls, dataset, heads, multilabel, report, targets, tuning
 from pipeline.dataset import Dataset, Selection
-from pipeline.evaluate import HeldOut
+from pipeline.evaluate import HeldOut, Tick
 from pipeline.folds import SEED
 from pipeline.judge import Controls, judge
 from pipeline.targets import Kind, Target
@@ -45,7 +45,6 @@ def train(
     with_controls: bool = False,
     device: str = "auto",
     progress: Progress = lambda done, total, busy: None,
-    say: Callable[[str], None] = lambda step: None,
 ) -> dict[str, Any]:
     """Cross-validate a head, fit it on every training row, test it, and save it as a bundle.
 
@@ -72,8 +71,8 @@ def train(
         no training.
     device : str
         For the controls.
-    progress, say : callable, optional
-        Told of images that are read, and of steps.
+    progress : callable, optional
+        Told of the folds that are done.
 
     Returns
     -------
@@ -96,12 +95,14 @@ def train(
         recipes[each.name] = Recipe(each.task, named, tune, balanced, calibrate, log)
         require_fitting(each, recipes[each.name])
         tuning.candidates(recipes[each.name])
-    beside = _controls(data, chosen, with_controls, device, progress)
+    beside = _controls(data, chosen, with_controls, device)
+    done, total = itertools.count(1), len(asked) * folds * (1 + len(beside))
     judged: list[dict[str, Any]] = []
     fitted, held_out = dict[str, Any](), dict[str, HeldOut]()
     for each in asked:
-        say(f"{each.name}: {recipes[each.name].head}, {folds} folds")
-        facts, fit, held_out[each.name] = _judged(each, recipes[each.name], data, chosen, beside, folds)
+        facts, fit, held_out[each.name] = _judged(
+            each, recipes[each.name], data, chosen, beside, folds, lambda: progress(next(done), total, "")
+        )
         judged.append(facts)
         fitted[each.name] = fit
     facts = {
@@ -148,13 +149,13 @@ def require_fitting(target: Target, recipe: Recipe) -> None:
 
 
 def _judged(
-    target: Target, recipe: Recipe, data: Dataset, view: View, beside: Controls, folds: int
+    target: Target, recipe: Recipe, data: Dataset, view: View, beside: Controls, folds: int, tick: Tick
 ) -> tuple[dict[str, Any], Any, HeldOut]:
     X, learnt, tested = data.embeddings[view.name], target.known & ~data.tested, target.known & data.tested
     train = data.examples(target, X, learnt)
     test = data.examples(target, X, tested) if tested.any() else None
     mine = {name: (head, matrix[learnt]) for name, (head, matrix) in beside.items()}
-    facts, fitted, found = judge(recipe, train, test, folds, mine)
+    facts, fitted, found = judge(recipe, train, test, folds, mine, tick)
     told = {
         "name": target.name,
         "task": target.task,
@@ -169,7 +170,7 @@ def _judged(
     return told | facts, fitted.estimator, found
 
 
-def _controls(data: Dataset, view: View, with_images: bool, device: str, progress: Progress) -> Controls:
+def _controls(data: Dataset, view: View, with_images: bool, device: str) -> Controls:
     found: Controls = {"file": ("random_forest", controls.file_facts(data.samples))}
     if with_images:
         trained = np.flatnonzero(~data.tested)
@@ -177,7 +178,7 @@ def _controls(data: Dataset, view: View, with_images: bool, device: str, progres
         some = data.samples.loc[rows]
         found["pixels"] = ("random_forest", _all_rows(controls.pixels(some), rows, len(data)))
         if view.request.weights != UNTRAINED:
-            found["untrained"] = (None, _all_rows(controls.untrained(some, view, device, progress), rows, len(data)))
+            found["untrained"] = (None, _all_rows(controls.untrained(some, view, device), rows, len(data)))
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.calibration import CalibratedClassifierCV
+from sklearn.exceptions import FitFailedWarning
 from sklearn.metrics.pairwise import euclidean_distances
 from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import Pipeline
@@ -147,8 +149,12 @@ def _searched(
     elif "width" in grid:
         widths = {_gamma(width, X): width for width in grid["width"]}
         tried[f"{path}gamma"] = list(widths)
-    search = GridSearchCV(head, tried, scoring=recipe.metric, cv=folds, refit=False, error_score="raise")
-    results = search.fit(X, examples.y).cv_results_
+    # A setting that so few examples do not allow, such as more neighbours than there are, is the worst.
+    search = GridSearchCV(head, tried, scoring=recipe.metric, cv=folds, refit=False, error_score=-np.inf)
+    with warnings.catch_warnings():
+        for kind in (FitFailedWarning, UserWarning, RuntimeWarning):
+            warnings.simplefilter("ignore", kind)
+        results = search.fit(X, examples.y).cv_results_
     place = int(np.argmax(results["mean_test_score"]))
     won = {key.rpartition("__")[2]: value for key, value in results["params"][place].items()}
     # What the search calls a gamma is the width that made it.

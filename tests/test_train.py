@@ -285,7 +285,8 @@ def test_several_targets_at_once(store: FeatureStore, tmp_path: Path) -> None:
     ]
     assert facts["together"] is None and facts["labels"]["rows"] == 24
     table = predict.predict_store(bundle.load(tmp_path / "bundle"), store).to_pandas()
-    assert {"prediction_colour", "p_colour_red", "prediction_size"} < set(table.columns)
+    assert {"prediction_colour", "p_colour_red", "set_colour", "prediction_size", "low_size"} < set(table.columns)
+    assert {len(some) for some in table["set_colour"]} <= {0, 1, 2, 3}
     assert (table["prediction_colour"] == table["id"].str.split("/").str[1]).all()
 
 
@@ -314,10 +315,20 @@ def test_labels_that_come_in_lists(store: FeatureStore, tmp_path: Path) -> None:
 def test_a_quantity_by_its_logarithm(store: FeatureStore, tmp_path: Path) -> None:
     chosen = numbers(store, tmp_path, size=lambda key: 10.0 ** len(key.split("/")[1]))
     facts = train(store, "size", tmp_path / "bundle", selection=chosen, folds=3, log=True)
-    predicted = bundle.load(tmp_path / "bundle").heads["size"].predict(np.array([[50, 60, 210]], np.float32))
-    assert facts["targets"][0]["conformal"] is not None and predicted[0] > 0
+    assert facts["targets"][0]["conformal"] is not None
+    told = predict.predict_store(bundle.load(tmp_path / "bundle"), store).to_pandas()
+    assert (told["low"] > 0).all() and (told["low"] < told["prediction"]).all()
+    assert (told["prediction"] < told["high"]).all()
     below = numbers(store, tmp_path, size=lambda key: len(key) - 16.5)
     with pytest.raises(DataError, match=r"'size' goes down to -1.5; --log is for quantities above 0"):
         train(store, "size", tmp_path / "bundle", selection=below, log=True)
     with pytest.raises(DataError, match="--balanced and --calibrate are for classes"):
         train(store, "size", tmp_path / "bundle", selection=chosen, log=True, balanced=True)
+
+
+def test_a_head_that_needs_more_examples_says_so(store: FeatureStore, tmp_path: Path) -> None:
+    few = Selection(where="id < 'test/green/3'", near_duplicates=False)
+    with pytest.raises(DataError, match=r"head 'knn' cannot learn from 2 examples: Expected n_neighbors"):
+        train(store, "label", tmp_path / "bundle", selection=few, folds=2, head="knn")
+    facts = train(store, "label", tmp_path / "bundle", selection=LOOSE, folds=2, head="knn", tune=True)
+    assert facts["targets"][0]["settings"]["n_neighbors"] <= 5
