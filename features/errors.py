@@ -67,6 +67,12 @@ class NonFinite(PermafrostError):
     exit_code = 6
 
 
+class Drifted(PermafrostError):
+    """Images are less like the training set than `--max-drift` allows; the predictions were written all the same."""
+
+    exit_code = 8
+
+
 class Interrupted(PermafrostError):
     """A run was asked to end early; what it had finished is kept, and nothing was published.
 

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import skops.io
+from numpy.typing import NDArray
 
 from features.errors import BundleError, DataError
 from features.views import View
@@ -98,10 +100,13 @@ class Bundle:
         By target.
     facts : dict
         The content of `bundle.json`.
+    reference : numpy.ndarray or None
+        float32, shape (examples, dim): some of the training embeddings; bundles of format 1 have none.
     """
 
     heads: dict[str, Any]
     facts: dict[str, Any]
+    reference: NDArray[np.float32] | None = None
 
     @property
     def view(self) -> View:
@@ -129,7 +134,9 @@ def require_free(out: Path) -> None:
         raise DataError(f"folder {out.parent} for --out is not there; make it first")
 
 
-def save(out: Path, heads: dict[str, Any], facts: dict[str, Any], report: str) -> dict[str, Any]:
+def save(
+    out: Path, heads: dict[str, Any], facts: dict[str, Any], report: str, reference: NDArray[np.float32] | None = None
+) -> dict[str, Any]:
     """Write a bundle, in the place of an older one if there is one.
 
     Returns
@@ -141,6 +148,9 @@ def save(out: Path, heads: dict[str, Any], facts: dict[str, Any], report: str) -
         "head.skops": skops.io.dumps(heads, compression=zipfile.ZIP_DEFLATED),
         "report.md": report.encode(),
     }
+    if reference is not None:
+        np.save(embeddings := io.BytesIO(), reference, allow_pickle=False)
+        files["reference.npy"] = embeddings.getvalue()
     digests = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
     facts = {"format": FORMAT, **facts, "files": digests}
     facts["sha256"] = _digest(facts)
@@ -183,11 +193,12 @@ def load(path: Path) -> Bundle:
     try:
         audit(contents["head.skops"], path)
         heads = skops.io.loads(contents["head.skops"], trusted=_TRUSTED)
+        reference = _embeddings(contents.get("reference.npy"))
     except BundleError:
         raise
     # Whatever skops and scikit-learn stumble over in a head that was tampered with.
     except Exception as error:
-        raise BundleError(f"{path}/head.skops cannot be loaded: {type(error).__name__}: {error}") from None
+        raise BundleError(f"bundle {path} cannot be loaded: {type(error).__name__}: {error}") from None
     if facts["format"] == 1:
         # There was one target, and its head was the file.
         facts = facts | {"targets": [{"name": facts["target"], "classes": facts["classes"]}]}
@@ -195,7 +206,16 @@ def load(path: Path) -> Bundle:
     names = [target["name"] for target in facts["targets"]]
     if not isinstance(heads, dict) or list(heads) != names:
         raise BundleError(f"{path}/head.skops does not hold the heads for {', '.join(names)}")
-    return Bundle(heads, facts)
+    return Bundle(heads, facts, reference)
+
+
+def _embeddings(content: bytes | None) -> NDArray[np.float32] | None:
+    if content is None:
+        return None
+    found = np.load(io.BytesIO(content), allow_pickle=False)
+    if found.dtype != np.float32 or found.ndim != 2:
+        raise ValueError("reference.npy holds no embeddings")
+    return np.asarray(found)
 
 
 def _read_facts(path: Path) -> dict[str, Any]:

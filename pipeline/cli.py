@@ -163,6 +163,12 @@ def predict(
         str | None, typer.Option(metavar="DIR", help="Store to take embeddings from and add new ones to.")
     ] = None,
     weights: Annotated[str | None, typer.Option(metavar="FILE", help="Where the weight file is now.")] = None,
+    max_drift: Annotated[
+        float | None,
+        typer.Option(
+            min=0.5, max=1, metavar="AUC", help="Exit 8, having predicted, if images can be told apart better."
+        ),
+    ] = None,
     image: ImageOption = None,
     id_column: IdOption = None,
     device: DeviceOption = "auto",
@@ -177,18 +183,20 @@ def predict(
     predict.require_writable(out)
     trained = bundles.load(bundle)
     if FeatureStore.is_store(source):
-        table = predict.predict_store(trained, FeatureStore.open(source))
+        predicted = predict.predict_store(trained, FeatureStore.open(source))
     else:
         listed = list_source(source, image=image, id_column=id_column)
         reused = FeatureStore.open_or_new(store) if store else None
         with console.progress("embedding") as progress:
-            table = predict.predict_source(
+            predicted = predict.predict_source(
                 trained, listed, store=reused, weights=weights, device=device, progress=progress
             )
-    predict.write(table, out)
-    failed = table["status"].to_pylist().count("failed")
-    counts = {"out": str(out), "samples": len(table), "predicted": len(table) - failed, "failed": failed}
-    say_result(counts, as_json, "{predicted:,} of {samples:,} samples predicted, {failed:,} failed; see {out}")
+    predict.write(predicted.table, out)
+    counts = {"out": str(out)} | predict.counts(predicted)
+    told = "{predicted:,} of {samples:,} samples predicted, {failed:,} failed; see {out}"
+    say_result(counts, as_json, told + ("\n" + predict.in_words(predicted.drift) if predicted.drift else ""))
+    if max_drift is not None:
+        predict.require_alike(predicted, max_drift)
 
 
 @app.command()

@@ -16,7 +16,7 @@ from features.embedding import Progress
 from features.errors import DataError
 from features.store import FeatureStore, Snapshot
 from features.views import UNTRAINED, View
-from pipeline import bundle, controls, dataset, heads, multilabel, report, targets, tuning
+from pipeline import bundle, controls, dataset, drift, heads, multilabel, report, targets, tuning
 from pipeline.dataset import Dataset, Selection
 from pipeline.evaluate import HeldOut, Tick
 from pipeline.folds import SEED
@@ -128,7 +128,9 @@ def train(
         "labels": data.labels,
         "versions": {library: version(library) for library in LIBRARIES},
     }
-    return bundle.save(out, fitted, facts, report.markdown(facts))
+    X, learnt = data.embeddings[chosen.name], ~data.tested
+    reference = drift.reference(X[learnt], data.groups.of[learnt])
+    return bundle.save(out, fitted, facts, report.markdown(facts), reference)
 
 
 def require_fitting(target: Target, recipe: Recipe) -> None:

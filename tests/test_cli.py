@@ -30,7 +30,9 @@ def test_from_photographs_to_predictions(process: Run, photos: Path, tmp_path: P
     assert facts["targets"][0]["test"]["head"]["accuracy"]["value"] == 1.0
     out = tmp_path / "predictions.parquet"
     counts = answer(process("predict", tmp_path / "bundle", photos / "test", "--out", out, "--json"))
+    drift, odd = counts.pop("drift"), counts.pop("odd")
     assert counts == {"out": str(out), "samples": 6, "predicted": 6, "failed": 0}
+    assert drift.keys() == {"auc", "p_value", "rows"} and 0 <= odd <= 6
     rows = pq.read_table(out).to_pylist()
     assert [row["prediction"] for row in rows] == [row["id"].split("/")[0] for row in rows]
     info = answer(process("info", tmp_path / "store", "--json"))

@@ -46,5 +46,5 @@ def test_an_old_store_goes_on_as_the_same_store(old: Path) -> None:
 
 
 def test_an_old_bundle_predicts(old: Path) -> None:
-    table = predict.predict_store(bundle.load(old / "bundle"), FeatureStore.open(str(old / "store")))
+    table = predict.predict_store(bundle.load(old / "bundle"), FeatureStore.open(str(old / "store"))).table
     assert table["prediction"].to_pylist() == ["even", "odd"] * 4 + [None]

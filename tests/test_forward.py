@@ -212,7 +212,8 @@ def test_the_fast_path_is_the_reference_path(
         assert precision_of(fast) == SHIPPED[name]
     assert (fast.load().ids == exact.load().ids).all()
     assert cosine(fast.load().embeddings, exact.load().embeddings).min() >= 0.9995
-    where = ("--where", "split = 'train'") if pictures == "hymenoptera" else ()
+    # One in a hundred embeddings is near another in one view only; the folds have to be the same.
+    where = ("--split-near-duplicates", *(("--where", "split = 'train'") if pictures == "hymenoptera" else ()))
     scores = []
     for store in ("fast", "exact"):
         out = tmp_path / f"{store}-bundle"

@@ -93,7 +93,11 @@ def test_predictions_are_those_that_were_scored(store: FeatureStore, tmp_path: P
     (photos / "test/red/broken.png").write_bytes(b"no image")
     before, listing = toy.embedded, store.snapshot()
     draw(photos / "test/red/new.png", (230, 30, 30))
-    table = predict.predict_source(trained, list_source(str(photos / "test")), store=store).to_pandas().set_index("id")
+    table = (
+        predict.predict_source(trained, list_source(str(photos / "test")), store=store)
+        .table.to_pandas()
+        .set_index("id")
+    )
     assert toy.embedded == before + 1
     assert store.snapshot().digest == listing.digest and not store.root.names("pending")
     assert len(table) == 8
@@ -102,9 +106,9 @@ def test_predictions_are_those_that_were_scored(store: FeatureStore, tmp_path: P
     assert (read["prediction"] == read.index.str.split("/").str[0]).all()
     assert np.allclose(read[["p_blue", "p_green", "p_red"]].sum(axis=1), 1)
     assert table.loc["red/broken.png", ["prediction", "p_red"]].isna().all()
-    alone = predict.predict_source(trained, list_source(str(photos / "test"))).to_pandas().set_index("id")
+    alone = predict.predict_source(trained, list_source(str(photos / "test"))).table.to_pandas().set_index("id")
     assert alone["prediction"].equals(table["prediction"])
-    stored = predict.predict_store(trained, store).to_pandas()
+    stored = predict.predict_store(trained, store).table.to_pandas()
     assert len(stored) == 24 and (stored["prediction"] == stored["id"].str.split("/").str[1]).all()
 
 
@@ -112,7 +116,7 @@ def test_predictions_exist_where_nothing_could_be_read(store: FeatureStore, tmp_
     train(store, "label", tmp_path / "bundle", selection=LOOSE, folds=3)
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad/a.png").write_bytes(b"")
-    table = predict.predict_source(bundle.load(tmp_path / "bundle"), list_source(str(tmp_path / "bad")))
+    table = predict.predict_source(bundle.load(tmp_path / "bundle"), list_source(str(tmp_path / "bad"))).table
     assert table["prediction"].to_pylist() == [None] and table["error"].to_pylist() == ["empty: the file has no bytes"]
     predict.write(table, tmp_path / "p.parquet")
     assert pq.read_table(tmp_path / "p.parquet").equals(table)
@@ -176,7 +180,8 @@ def test_a_bundle_replaces_only_a_bundle(store: FeatureStore, tmp_path: Path) ->
     (tmp_path / "bundle/thesis.txt").unlink()
     facts = train(store, "label", tmp_path / "bundle", selection=LOOSE, folds=3, head="knn")
     assert bundle.load(tmp_path / "bundle").facts == facts and facts["targets"][0]["head"] == "knn"
-    assert sorted(path.name for path in (tmp_path / "bundle").iterdir()) == ["bundle.json", "head.skops", "report.md"]
+    left = {path.name for path in (tmp_path / "bundle").iterdir()}
+    assert left == {"bundle.json", "head.skops", "reference.npy", "report.md"}
 
 
 def test_an_old_bundle_outlasts_a_new_one_that_cannot_be_put_in_its_place(
@@ -284,7 +289,7 @@ def test_several_targets_at_once(store: FeatureStore, tmp_path: Path) -> None:
         ("size", "regression", "ridge"),
     ]
     assert facts["together"] is None and facts["labels"]["rows"] == 24
-    table = predict.predict_store(bundle.load(tmp_path / "bundle"), store).to_pandas()
+    table = predict.predict_store(bundle.load(tmp_path / "bundle"), store).table.to_pandas()
     assert {"prediction_colour", "p_colour_red", "set_colour", "prediction_size", "low_size"} < set(table.columns)
     assert {len(some) for some in table["set_colour"]} <= {0, 1, 2, 3}
     assert (table["prediction_colour"] == table["id"].str.split("/").str[1]).all()
@@ -308,7 +313,7 @@ def test_labels_that_come_in_lists(store: FeatureStore, tmp_path: Path) -> None:
         store, "tags", tmp_path / "bundle", selection=numbers(store, tmp_path, tags=tags), folds=2, head="logreg"
     )
     assert facts["rows"]["left_out"]["unlabelled"] == 18 and facts["rows"]["train"] == 6
-    table = predict.predict_store(bundle.load(tmp_path / "bundle"), store).to_pandas()
+    table = predict.predict_store(bundle.load(tmp_path / "bundle"), store).table.to_pandas()
     assert table["prediction_warm"].notna().all() and len(table) == 24
 
 
@@ -316,7 +321,7 @@ def test_a_quantity_by_its_logarithm(store: FeatureStore, tmp_path: Path) -> Non
     chosen = numbers(store, tmp_path, size=lambda key: 10.0 ** len(key.split("/")[1]))
     facts = train(store, "size", tmp_path / "bundle", selection=chosen, folds=3, log=True)
     assert facts["targets"][0]["conformal"] is not None
-    told = predict.predict_store(bundle.load(tmp_path / "bundle"), store).to_pandas()
+    told = predict.predict_store(bundle.load(tmp_path / "bundle"), store).table.to_pandas()
     assert (told["low"] > 0).all() and (told["low"] < told["prediction"]).all()
     assert (told["prediction"] < told["high"]).all()
     below = numbers(store, tmp_path, size=lambda key: len(key) - 16.5)
