@@ -50,6 +50,8 @@ def require_free_names(own: list[str], where: str, remedy: str) -> None:
     SourceError
         Naming the column, and with the remedy.
     """
+    if "" in own:
+        raise SourceError(f"{where} has a column without a name; leave it out, as pandas does with index=False")
     clash = [name for name in own if not is_free(name)]
     if clash:
         raise SourceError(

@@ -274,8 +274,10 @@ def main() -> None:
         print(f"permafrost: {console_line}", file=sys.stderr)
     sys.stdout.flush()
     reading = sys.modules.get("features.reading")
-    if reading and any(thread.name == reading.THREAD for thread in threading.enumerate()):
-        # A thread that hangs in foreign code must not turn the end into an abort.
+    hangs = reading and any(thread.name == reading.THREAD for thread in threading.enumerate())
+    if hangs or "torch" not in sys.modules:
+        # An interpreter that ends beside a thread in foreign code, or beside one that Arrow is just starting (one
+        # process in some hundreds), aborts. Only torch has helpers that must be told of the end.
         sys.stderr.flush()
         os._exit(code)
     sys.exit(code)

@@ -67,11 +67,8 @@ def compare(
     if len(asked) > 1:
         raise DataError(f"column {target!r} holds lists of labels; compare takes one target at a time")
     sought = asked[0]
-    recipes = [Recipe(sought.task, name, tune, balanced, log=log) for name in names or heads.names_for(sought.task)]
-    if names is None and balanced:
-        recipes = [
-            recipe for recipe in recipes if recipe.head in tuning.candidates(Recipe(sought.task, "auto", balanced=True))
-        ]
+    every = tuning.candidates(Recipe(sought.task, heads.AUTO, balanced=balanced))
+    recipes = [Recipe(sought.task, name, tune, balanced, log=log) for name in names or every]
     for recipe in recipes:
         require_fitting(sought, recipe)
         tuning.candidates(recipe)

@@ -77,8 +77,10 @@ def untrained(samples: pd.DataFrame, view: View, device: str) -> NDArray[np.floa
     with tempfile.TemporaryDirectory(prefix="permafrost-") as scratch:
         store = FeatureStore.open_or_new(os.path.join(scratch, "store"))
         extract(source, store, [request], view="untrained", device=device)
-        keys, matrix, _ = store.load("untrained")
-    found[np.asarray(keys, dtype=np.int64)] = matrix
+        keys, matrix, told = store.load("untrained")
+    rows = np.asarray(keys, dtype=np.int64)
+    same = (told["sha256"].to_numpy() == samples["sha256"].to_numpy()[rows]).astype(bool)
+    found[rows[same]] = matrix[same]
     return found
 
 

@@ -73,7 +73,8 @@ class Dataset:
     groups : Groups
     times : numpy.ndarray or None
     left_out : dict of str to int
-        How many of the chosen samples are not here, by reason: ``failed``, ``not_embedded``, ``unlabelled``.
+        How many samples are not here, by reason: ``failed``, ``not_embedded``, ``unlabelled``, ``without_time``,
+        ``without_split``.
     labels : dict or None
         How the table with the labels fitted.
     """
@@ -121,6 +122,8 @@ def load(
         if column is not None and column not in samples.own_columns(table):
             known = ", ".join(samples.own_columns(table)) or "none"
             raise DataError(f"no column {column!r} {why}; the samples have {known}")
+        if column is not None and why != "to train for" and pa.types.is_nested(table.schema.field(column).type):
+            raise DataError(f"column {column!r} holds lists or the like, which is nothing {why}")
     frame = table.to_pandas()
     chosen, tested = _parts(table, frame, selection)
     found, matrices = np.ones(len(frame), bool), {}
@@ -130,14 +133,15 @@ def load(
         found &= there
     ok = frame["status"].eq("ok").to_numpy()
     known = frame[targets].notna().any(axis=1).to_numpy()
-    if selection.time:
-        known &= frame[selection.time].notna().to_numpy()
+    timed = frame[selection.time].notna().to_numpy() if selection.time else np.ones(len(frame), bool)
     left_out = {
         "failed": int((chosen & ~ok).sum()),
         "not_embedded": int((chosen & ok & ~found).sum()),
         "unlabelled": int((chosen & ok & found & ~known).sum()),
+        "without_time": int((chosen & ok & found & known & ~timed).sum()),
+        "without_split": int((frame[selection.split].isna()).sum()) if selection.split else 0,
     }
-    usable = chosen & ok & found & known
+    usable = chosen & ok & found & known & timed
     for part, name in ((usable & ~tested, "train"), (usable & tested, "test")):
         if not part.any() and (name == "train" or tested.any() or selection.test_where is not None):
             told = left_out | {"for the test": int(tested.sum())}

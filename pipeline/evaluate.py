@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -183,16 +184,21 @@ def learning_curve(found: HeldOut, metric: str, folds: list[Fold]) -> tuple[list
     doubling : dict or None
         ``value``, ``low``, ``high`` of the gain from half of the examples to all; above 0 is better.
     """
-    everything, doubling = found.scores(), None
+    # Heads that saw a share are not calibrated.
+    whole = found.uncalibrated or found.predictions
+    everything, doubling = scores(whole, found.groups, found.fold), None
     points: list[dict[str, Any]] = []
     for share, (said, rows) in found.by_share.items():
-        of_share = scores(said, found.groups)[metric]
-        points.append({"rows": rows} | of_share.to_json())
+        of_share = scores(said, found.groups, found.fold)[metric]
+        points.append({"rows": rows, **_interval(of_share)})
         if share == 0.5:
             doubling = difference(everything[metric], of_share, metric)
     rows = round(np.mean([len(fit) for fit, _ in folds]))
-    full = everything[metric].to_json()
-    return [*points, {"rows": rows} | {name: full[name] for name in ("value", "low", "high")}], doubling
+    return [*points, {"rows": rows, **_interval(everything[metric])}], doubling
+
+
+def _interval(score: Score) -> dict[str, Any]:
+    return {name: value for name, value in score.to_json().items() if name != "folds"}
 
 
 def one_thread_each() -> threadpool_limits:
@@ -205,16 +211,41 @@ def one_thread_each() -> threadpool_limits:
 
 
 def _side_by_side(one: Callable[[Fold], tuple[Any, ...]], folds: list[Fold]) -> list[tuple[Any, ...]]:
-    with one_thread_each():
+    with one_thread_each(), warnings.catch_warnings():
+        # Filters are of the process, so a thread cannot set them. What a search tells of settings that cannot work:
+        for about in (
+            "Scoring failed",
+            "invalid value encountered in",
+            "One or more of the test scores",
+            ".*fits failed",
+        ):
+            warnings.filterwarnings("ignore", about)
         return list(Parallel(n_jobs=-1, backend="threading")(delayed(one)(place) for place in folds))
 
 
 def _uncalibrated(fitted: Fitted, outside: Examples, classes: NDArray[Any] | None) -> Predictions | None:
     (calibrated,) = fitted.estimator.calibrated_classifiers_
-    # It was fitted to places in the list of classes; see `pipeline.tuning`.
-    places = np.searchsorted(fitted.estimator.classes_, outside.y)
-    said = predictions(calibrated.estimator, replace(outside, y=places), np.arange(len(fitted.estimator.classes_)))
-    return replace(said, classes=classes)
+    # It was fitted to places in the list of the fold's classes; see `pipeline.tuning`.
+    assert classes is not None
+    places = np.searchsorted(classes, fitted.estimator.classes_)
+    mine = np.searchsorted(classes, outside.y)
+    every = np.arange(len(classes))
+    return replace(
+        predictions(_Renamed(calibrated.estimator, places), replace(outside, y=mine), every), classes=classes
+    )
+
+
+class _Renamed:
+    """A fitted head whose classes go by other names."""
+
+    def __init__(self, head: Any, names: Rows):
+        self.head, self.classes_ = head, names
+        for method in ("predict_proba", "decision_function"):
+            if hasattr(head, method):
+                setattr(self, method, getattr(head, method))
+
+    def predict(self, X: NDArray[np.float32]) -> Rows:
+        return np.asarray(self.classes_[self.head.predict(X)])
 
 
 def _by_share(
@@ -223,7 +254,8 @@ def _by_share(
     found = {}
     for share in SHARES_OF_EXAMPLES:
         rows = part(inside, share)
-        if FEWEST <= len(rows) < len(inside):
+        every = classes is None or len(np.unique(inside.y[rows])) == len(np.unique(inside.y))
+        if FEWEST <= len(rows) < len(inside) and every:
             X, y = inside.X[rows], inside.y[rows]
             head = tuning.built(recipe, fitted.head, fitted.settings, X).fit(X, y)
             found[share] = predictions(head, outside, classes), len(rows)

@@ -69,7 +69,7 @@ def fold(examples: Examples, folds: int) -> list[Fold]:
     if folds < 2:
         raise DataError(f"{folds} folds cannot be cross-validated; use --folds 2 or more")
     independent = len(np.unique(examples.groups))
-    if independent < folds:
+    if independent < folds or (examples.times is not None and len(examples) <= folds):
         raise DataError(f"{independent} independent training images are too few for {folds} folds; use fewer --folds")
     if examples.task != "regression":
         _require_members(examples, folds)
@@ -87,7 +87,7 @@ def within(examples: Examples) -> list[Fold]:
         If any of them would be left without a second class.
     """
     folds = min(FOLDS_WITHIN, len(np.unique(examples.groups)))
-    if folds < 2:
+    if folds < 2 or (examples.times is not None and len(examples) <= folds):
         raise DataError("a fold has no two independent training images to choose or calibrate by; use fewer --folds")
     found = _in_time(examples, folds) if examples.times is not None else _shuffled(examples, folds)
     if examples.task != "regression" and any(len(np.unique(examples.y[fit])) < 2 for fit, _ in found):
@@ -154,4 +154,5 @@ def _require_members(examples: Examples, folds: int) -> None:
             raise DataError(
                 f"{len(rare)} of {len(members)} classes have {lack}: {', '.join(rare[:5])}; "
                 "use fewer --folds, or leave those classes out with --where"
+                + (", or say --task regression" if examples.y.dtype.kind in "if" else "")
             )

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import stats
 
 from pipeline.metrics import LESS_IS_BETTER, SHARES, Predictions, measure
 
@@ -39,6 +40,8 @@ class Score:
         Over the rows of each fold alone.
     resampled : numpy.ndarray
         Over each resample, shape (`RESAMPLES`,).
+    wider : float
+        By which the interval exceeds that of the resamples.
     """
 
     value: float
@@ -46,6 +49,7 @@ class Score:
     high: float
     folds: list[float]
     resampled: Floats
+    wider: float = 1.0
 
     def to_json(self) -> dict[str, Any]:
         """Without the resamples; what is not defined is None."""
@@ -76,18 +80,19 @@ def scores(predictions: Predictions, groups: Rows, fold: Rows | None = None) -> 
     values = measure(predictions, plain)
     drawn = [measure(predictions, weights) for weights in _resamples(groups)]
     independent = len(np.unique(groups))
+    wider = _wider(independent, fold is not None)
     found = {}
     for name, (value, *folds) in values.items():
         resampled = np.concatenate([some[name] for some in drawn])
-        low, high = limits(resampled, float(value), WIDER if len(folds) else 1.0)
+        low, high = limits(resampled, float(value), wider)
         if name in SHARES and low == high and value in (0, 1):
             # All right, or all wrong: no resample can tell otherwise, but three in so many could ("rule of three",
             # Hanley and Lippman-Hand 1983).
             low, high = (1 - 3 / independent, 1.0) if value else (0.0, 3 / independent)
-        # R² alone may be below 0.
-        low = low if name == "r2" else max(0.0, low)
-        high = min(1.0, high) if name in SHARES | {"r2"} else high
-        found[name] = Score(float(value), low, high, [float(each) for each in folds], resampled)
+        # R² alone may be below 0; what is not defined stays so.
+        low = low if name == "r2" or not np.isfinite(low) else max(0.0, low)
+        high = min(1.0, high) if name in SHARES | {"r2"} and np.isfinite(high) else high
+        found[name] = Score(float(value), low, high, [float(each) for each in folds], resampled, wider)
     return found
 
 
@@ -109,7 +114,7 @@ def difference(ours: Score, theirs: Score, metric: str) -> dict[str, float | Non
     """How much better one is than the other on the same rows: ``value``, ``low`` and ``high``; above 0 is better."""
     sign = -1 if metric in LESS_IS_BETTER else 1
     value = sign * (ours.value - theirs.value)
-    low, high = limits(sign * (ours.resampled - theirs.resampled), value, WIDER if ours.folds else 1.0)
+    low, high = limits(sign * (ours.resampled - theirs.resampled), value, ours.wider)
     found = {"value": value, "low": low, "high": high}
     return {name: _defined(value) for name, value in found.items()}
 
@@ -126,6 +131,17 @@ def limits(resampled: Floats, value: float, wider: float) -> tuple[float, float]
     low, high = np.quantile(defined, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     middle = float(defined.mean())
     return value + wider * (float(low) - middle), value + wider * (float(high) - middle)
+
+
+def _wider(independent: int, in_folds: bool) -> float:
+    """What an interval of resamples lacks: heads vary with their examples, and few groups with the draw of groups.
+
+    The latter by Student's t and the correction of a variance for its sample, as for the mean of so many groups.
+    """
+    if independent < 2:
+        return float("nan")
+    few = stats.t.ppf((1 + LEVEL) / 2, independent - 1) / stats.norm.ppf((1 + LEVEL) / 2)
+    return float(few * np.sqrt(independent / (independent - 1)) * (WIDER if in_folds else 1.0))
 
 
 def _defined(value: float) -> float | None:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from features.errors import DataError
 from pipeline import conformal, evaluate, intervals, tuning
 from pipeline.evaluate import HeldOut, Tick
 from pipeline.folds import Examples, Rows, fold
@@ -39,10 +40,23 @@ def judge(
     ours = found.scores()
     beside = {"dummy": intervals.scores(evaluate.held_out_by_dummy(train, parts), found.groups, found.fold)}
     metric = recipe.metric
-    compared = {"dummy": difference(ours[metric], beside["dummy"][metric], metric)}
+    compared: dict[str, Any] = {"dummy": difference(ours[metric], beside["dummy"][metric], metric)}
+    # What is told from a head without a search or calibration is told of one without.
+    plain = _plain(recipe, found)
+    base = found if plain == recipe else evaluate.held_out(plain, train, parts)
     for name, (head, X) in controls.items():
-        theirs, mine = _controlled(recipe, head, train, X, found, folds, tick)
-        beside[name], compared[name] = theirs, difference(mine[metric], theirs[metric], metric)
+        there: Rows = np.flatnonzero(np.isfinite(X).all(axis=1))
+        try:
+            theirs, mine = _controlled(plain, head, train, X, base, there, folds, tick)
+        except DataError as error:
+            compared[name] = {
+                "rows": len(there),
+                "refused": f"{error}" if len(there) else "no image can be read any more",
+            }
+            continue
+        beside[name] = theirs
+        compared[name] = difference(mine[metric], theirs[metric], metric) | {"rows": len(there)}
+        compared[name] |= {"head": mine[metric].to_json()}
     fitted = _fitted(recipe, train)
     points, doubling = evaluate.learning_curve(found, metric, parts)
     facts: dict[str, Any] = {
@@ -58,7 +72,7 @@ def judge(
         "per_class": per_class(found.predictions),
         "reliability": reliability(found.predictions),
         "uncalibrated": _json(_uncalibrated(found)),
-        "random_split": _ungrouped(recipe, train, found, folds),
+        "random_split": _ungrouped(plain, train, base, folds),
         "conformal": conformal.judge(found.predictions, found.fold, recipe.log),
         "seconds": {"fit": found.fit_seconds, "predict": found.predict_seconds},
         "test": None,
@@ -92,38 +106,36 @@ def _tested(fitted: Fitted, train: Examples, test: Examples) -> dict[str, Any]:
 def _uncalibrated(found: HeldOut) -> dict[str, Score]:
     if found.uncalibrated is None:
         return {}
-    return intervals.scores(found.uncalibrated, found.groups)
+    return intervals.scores(found.uncalibrated, found.groups, found.fold)
 
 
 def _controlled(
-    recipe: Recipe,
+    plain: Recipe,
     head: str | None,
     train: Examples,
     X: NDArray[np.float32],
-    found: HeldOut,
+    base: HeldOut,
+    there: Rows,
     folds: int,
     tick: Tick,
 ) -> tuple[dict[str, Score], dict[str, Score]]:
-    """Scores of a control, and of the recipe on the very rows that the control has."""
-    plain, ours = _plain(recipe, found), found
-    there: Rows = np.flatnonzero(np.isfinite(X).all(axis=1))
+    """Scores of a control, and of the head on the very rows that the control has."""
     mine = train if len(there) == len(train) else train.take(there)
     parts = fold(mine, folds)
-    if len(there) < len(train):
-        ours = evaluate.held_out(plain, mine, parts)
-    control = replace(plain, head=head or plain.head)
-    theirs = evaluate.held_out(control, replace(mine, X=X[there]), parts, tick=tick)
+    ours = base if len(there) == len(train) else evaluate.held_out(plain, mine, parts)
+    theirs = evaluate.held_out(replace(plain, head=head or plain.head), replace(mine, X=X[there]), parts, tick=tick)
     return theirs.scores(), ours.scores()
 
 
-def _ungrouped(recipe: Recipe, train: Examples, found: HeldOut, folds: int) -> dict[str, Any] | None:
-    """The main metric by folds that tear groups apart, where there are enough of them to matter."""
+def _ungrouped(plain: Recipe, train: Examples, base: HeldOut, folds: int) -> dict[str, Any] | None:
+    """The main metric by folds that tear groups apart, and ``instead_of`` which, where there are enough to matter."""
     _, sizes = np.unique(train.groups, return_counts=True)
     if sizes[sizes > 1].sum() < ENOUGH_GROUPED * len(train):
         return None
     loose = replace(train, groups=np.arange(len(train)), times=None)
-    scores = evaluate.held_out(_plain(recipe, found), loose, fold(loose, folds)).scores()
-    return scores[recipe.metric].to_json()
+    scores = evaluate.held_out(plain, loose, fold(loose, folds)).scores()
+    honest = base.scores()[plain.metric].to_json()["value"]
+    return scores[plain.metric].to_json() | {"instead_of": honest}
 
 
 def _plain(recipe: Recipe, found: HeldOut) -> Recipe:

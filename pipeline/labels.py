@@ -67,6 +67,13 @@ def join(
             f"of {rows:,} rows of {shown}, {len(unmatched):,} fit no sample by {key!r}{example}, and "
             f"{contradictory:,} contradict each other; mend the table, name another --on, or raise --max-unmatched"
         )
+    if key == "id":
+        matched = listing.filter(pc.is_in(keys, table[on].combine_chunks()))["id"]
+        shared = len(matched) - len(pc.unique(matched))
+        if shared:
+            raise DataError(
+                f"{shared:,} ids of {shown} stand in two sources; join --on sha256 or another column of both"
+            )
     place = pc.index_in(keys, table[on].combine_chunks())
     for name in fresh:
         values = table[name].take(place)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from pipeline.evaluate import HeldOut
-from pipeline.intervals import WIDER, Score, limits
+from pipeline.intervals import Score, limits
 
 
 def scores(found: dict[str, HeldOut]) -> dict[str, dict[str, float | None]] | None:
@@ -26,5 +26,5 @@ def scores(found: dict[str, HeldOut]) -> dict[str, dict[str, float | None]] | No
 def _mean(own: list[Score]) -> dict[str, float | None]:
     value = float(np.mean([score.value for score in own]))
     resampled = np.stack([score.resampled for score in own])
-    low, high = limits(resampled.mean(axis=0), value, WIDER)
+    low, high = limits(resampled.mean(axis=0), value, own[0].wider)
     return Score(value, max(0.0, low), min(1.0, high), [], resampled[0]).to_json()

@@ -56,7 +56,11 @@ def notes(facts: dict[str, Any]) -> list[str]:
     if rows["copies"]:
         said.append(f"{rows['copies']:,} samples are copies of others, byte for byte; copies share a fold.")
     if rows["near_duplicates"]:
-        said.append(f"{rows['near_duplicates']:,} samples are near duplicates of others; these share a fold.")
+        kept = "; the column of the groups says which share a fold" if facts["settings"]["groups"] else ""
+        kept = kept or ("; these share a fold" if facts["settings"]["near_duplicates"] else "")
+        said.append(f"{rows['near_duplicates']:,} samples are near duplicates of others{kept}.")
+    if rows["test_in_the_past"]:
+        said.append("Some of the test comes before some of the training set in time: it is no test of the future.")
     if rows["overlap"]:
         some = ", ".join(rows["overlapping"]) + (" …" if rows["overlap"] > len(rows["overlapping"]) else "")
         said.append(
@@ -73,23 +77,28 @@ def notes(facts: dict[str, Any]) -> list[str]:
 def findings(target: dict[str, Any]) -> list[str]:
     """What the scores of one target mean."""
     metric, said = NAMES[target["metric"]], []
-    value = target["cross_validation"]["head"][target["metric"]]["value"]
     if target["settings"] or len({each["head"] for each in target["chosen"]}) > 1:
         in_folds = Counter(_setting(each) for each in target["chosen"])
         told = ", ".join(f"{setting} ({count})" for setting, count in in_folds.most_common())
         said.append(f"Chosen: {_setting(target)}; within the folds: {told}.")
-    beaten_by = [name for name, gain in target["better_than"].items() if gain["low"] is None or gain["low"] <= 0]
+    judged = {name: gain for name, gain in target["better_than"].items() if "refused" not in gain}
+    beaten_by = [name for name, gain in judged.items() if gain["low"] is None or gain["low"] <= 0]
     for name in beaten_by:
         verdict = "Negative transfer: the head" if name in ("pixels", "untrained") else "The head"
-        gain = _cell(target["better_than"][name], sign=True)
-        said.append(f"{verdict} does not clearly beat {_control(name)} ({metric} {gain}).")
+        gain = _cell(judged[name], sign=True)
+        said.append(f"{verdict} does not clearly beat {_control(name)} ({metric} {gain}{_on(target, judged[name])}).")
     said += [
-        f"{metric} is {_cell(target['better_than'][name], sign=True)} above {_control(name)}."
+        f"{metric} is {_cell(judged[name], sign=True)} above {_control(name)}{_on(target, judged[name])}."
         for name in ("pixels", "untrained")
-        if name in target["better_than"] and name not in beaten_by
+        if name in judged and name not in beaten_by
     ]
-    if target["random_split"] and value is not None:
-        random = target["random_split"]["value"]
+    said += [
+        f"No score for {_control(name)}: {gain['refused']}."
+        for name, gain in target["better_than"].items()
+        if "refused" in gain
+    ]
+    if target["random_split"] and target["random_split"]["instead_of"] is not None:
+        random, value = target["random_split"]["value"], target["random_split"]["instead_of"]
         said.append(
             f"A random split, which tears groups and near duplicates apart, would say {metric} {number(random)}, "
             f"{random - value:+.4f}: what is alike would be on both sides."
@@ -218,6 +227,13 @@ def _cell(score: dict[str, Any] | None, sign: bool = False) -> str:
 
 def _short(value: float) -> str:
     return f"{value:.3f}" if abs(value) < 10 else f"{value:,.0f}"
+
+
+def _on(target: dict[str, Any], gain: dict[str, Any]) -> str:
+    """On which samples, where a control has not all of them."""
+    if gain.get("rows", target["rows"]["train"]) == target["rows"]["train"]:
+        return ""
+    return f", on {gain['rows']:,} samples, where the head has {_cell(gain['head'])}"
 
 
 def _setting(chosen: dict[str, Any]) -> str:

@@ -66,11 +66,15 @@ def read(frame: pd.DataFrame, names: list[str], asked: Kind | None = None) -> li
     for name in names:
         column = frame[name]
         known = column.notna().to_numpy()
+        if pd.api.types.is_float_dtype(column) and np.isinf(column[known].to_numpy(np.float64)).any():
+            raise DataError(f"column {name!r} holds infinite values; leave them out with --where")
         if _holds_lists(column[known]):
             targets += _labels_of(column, known)
         else:
-            told = asked or infer_kind(column[known])
-            y = _filled(_quantities(column[known]) if told == "regression" else _classes(column[known]), known)
+            # Booleans beside missing values come as objects.
+            values = column[known].infer_objects()
+            told = asked or infer_kind(values)
+            y = _filled(_quantities(values) if told == "regression" else _classes(values), known)
             targets.append(Target(name, _task(told, y[known]), y, known))
     names_found = [target.name for target in targets]
     doubled = [name for name in names_found if names_found.count(name) > 1]
@@ -116,14 +120,11 @@ def _filled(values: NDArray[Any], known: NDArray[np.bool_]) -> NDArray[Any]:
 
 def _quantities(labels: pd.Series[Any]) -> NDArray[np.float64]:
     try:
-        y = labels.to_numpy(np.float64)
+        return labels.to_numpy(np.float64)
     except (TypeError, ValueError):
         raise DataError(
             f"column {labels.name!r} holds {str(labels.iloc[0])!r}, which is no quantity; use --task classification"
         ) from None
-    if not np.isfinite(y).all():
-        raise DataError(f"column {labels.name!r} holds infinite values; leave them out with --where")
-    return y
 
 
 def _classes(labels: pd.Series[Any]) -> NDArray[Any]:

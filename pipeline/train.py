@@ -13,13 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from features.embedding import Progress
-from features.errors import DataError
+from features.errors import DataError, redacted
 from features.store import FeatureStore, Snapshot
 from features.views import UNTRAINED, View
 from pipeline import bundle, controls, dataset, drift, heads, multilabel, report, targets, tuning
 from pipeline.dataset import Dataset, Selection
 from pipeline.evaluate import HeldOut, Tick
-from pipeline.folds import SEED
+from pipeline.folds import SEED, fold
 from pipeline.judge import Controls, judge
 from pipeline.targets import Kind, Target
 from pipeline.tuning import Recipe
@@ -95,6 +95,12 @@ def train(
         recipes[each.name] = Recipe(each.task, named, tune, balanced, calibrate, log)
         require_fitting(each, recipes[each.name])
         tuning.candidates(recipes[each.name])
+        # Before the first of them is fitted.
+        learnt = each.known & ~data.tested
+        try:
+            fold(data.examples(each, data.embeddings[chosen.name], learnt), folds)
+        except DataError as error:
+            raise DataError(f"target {each.name!r}: {error}" if len(asked) > 1 else f"{error}") from None
     beside = _controls(data, chosen, with_controls, device)
     done, total = itertools.count(1), len(asked) * folds * (1 + len(beside))
     judged: list[dict[str, Any]] = []
@@ -123,6 +129,7 @@ def train(
             "controls": with_controls,
             "seed": SEED,
             **dataclasses.asdict(selection),
+            "labels": selection.labels and redacted(selection.labels),
         },
         "rows": _rows(data),
         "labels": data.labels,
@@ -145,6 +152,8 @@ def require_fitting(target: Target, recipe: Recipe) -> None:
         raise DataError(f"{target.name!r} is a quantity; --balanced and --calibrate are for classes")
     if recipe.task != "regression" and recipe.log:
         raise DataError(f"{target.name!r} has classes; --log is for quantities")
+    if not target.known.any():
+        raise DataError(f"no sample has a value for {target.name!r}")
     least = target.y[target.known].min() if recipe.log else 1
     if least <= 0:
         raise DataError(f"{target.name!r} goes down to {least:g}; --log is for quantities above 0")
@@ -196,6 +205,11 @@ def _rows(data: Dataset) -> dict[str, Any]:
         "train": int((~data.tested).sum()),
         "test": int(data.tested.sum()),
         "left_out": data.left_out,
+        "test_in_the_past": bool(
+            data.times is not None
+            and data.tested.any()
+            and data.times[data.tested].min() <= data.times[~data.tested].max()
+        ),
         "copies": data.groups.copies,
         "near_duplicates": data.groups.near,
         "overlap": len(overlap),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,12 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.calibration import CalibratedClassifierCV
-from sklearn.exceptions import FitFailedWarning
 from sklearn.metrics.pairwise import euclidean_distances
 from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import normalize
 
+from features.errors import DataError
 from pipeline import heads
 from pipeline.folds import Examples, Fold, within
 from pipeline.metrics import MAIN
@@ -85,7 +84,7 @@ def _calibrated(recipe: Recipe, estimator: Pipeline, examples: Examples) -> Cali
     calibrated = CalibratedClassifierCV(estimator, method=method, cv=within(timeless), ensemble=False).fit(
         examples.X, places
     )
-    calibrated.classes_ = labels
+    calibrated.classes_, calibrated.cv = labels, None
     return calibrated
 
 
@@ -150,12 +149,12 @@ def _searched(
         widths = {_gamma(width, X): width for width in grid["width"]}
         tried[f"{path}gamma"] = list(widths)
     # A setting that so few examples do not allow, such as more neighbours than there are, is the worst.
-    search = GridSearchCV(head, tried, scoring=recipe.metric, cv=folds, refit=False, error_score=-np.inf)
-    with warnings.catch_warnings():
-        for kind in (FitFailedWarning, UserWarning, RuntimeWarning):
-            warnings.simplefilter("ignore", kind)
-        results = search.fit(X, examples.y).cv_results_
-    place = int(np.argmax(results["mean_test_score"]))
+    search = GridSearchCV(head, tried, scoring=recipe.metric, cv=folds, refit=False, error_score=np.nan)
+    results = search.fit(X, examples.y).cv_results_
+    means = np.nan_to_num(results["mean_test_score"], nan=-np.inf)
+    place = int(means.argmax())
+    if not np.isfinite(means[place]):
+        raise DataError(f"{len(examples)} examples are too few to tune or choose a head by; label more, or do without")
     won = {key.rpartition("__")[2]: value for key, value in results["params"][place].items()}
     # What the search calls a gamma is the width that made it.
     settings = {key: won[key] if key in won else widths[won["gamma"]] for key in grid}

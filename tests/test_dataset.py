@@ -13,6 +13,7 @@ from features.errors import DataError, PermafrostError
 from features.extract import extract
 from features.sources import list_source
 from features.store import FeatureStore
+from features.views import Request
 from pipeline import dataset, targets
 from pipeline.dataset import Dataset, Selection
 
@@ -113,7 +114,7 @@ def loaded(store: FeatureStore, *columns: str, near: bool = False, **options: An
 
 def test_embeddings_meet_labels_by_content(store: FeatureStore) -> None:
     data = loaded(store, "kind")
-    assert data.left_out == {"failed": 1, "not_embedded": 0, "unlabelled": 1}
+    assert {reason: count for reason, count in data.left_out.items() if count} == {"failed": 1, "unlabelled": 1}
     X = data.embeddings["toy-V1-penultimate"]
     assert len(data) == 10 and X.dtype == np.float32
     place = {key: number for number, key in enumerate(data.samples["id"])}
@@ -189,3 +190,17 @@ def test_a_split_column(store: FeatureStore, tmp_path: Path) -> None:
         loaded(store, "size", labels=table, split="part", test_where="size = 1")
     with pytest.raises(DataError, match=r"column 'kind' says 'a'; --split knows train, val and test"):
         loaded(store, "size", split="kind")
+
+
+def test_labels_fit_one_source(store: FeatureStore, tmp_path: Path) -> None:
+    extract(list_source(str(tmp_path / "table.csv"), name="again"), store, [Request("toy", "V1")])
+    pd.DataFrame({"id": ["0.png"], "kind": ["x"]}).to_csv(tmp_path / "labels.csv", index=False)
+    with pytest.raises(DataError, match=r"1 ids of .*labels\.csv stand in two sources; join --on sha256"):
+        loaded(store, "kind", labels=str(tmp_path / "labels.csv"))
+
+
+def test_odd_columns_are_no_targets() -> None:
+    with pytest.raises(DataError, match="'it' holds infinite values"):
+        targets.read(pd.DataFrame({"it": [1.0, np.inf]}), ["it"])
+    (flag,) = targets.read(pd.DataFrame({"it": [True, None, False]}), ["it"])
+    assert flag.y.dtype == bool and flag.task == "binary"

@@ -253,3 +253,31 @@ def test_noise_scores_like_chance(head: str, tune: bool) -> None:
         found = evaluate.held_out(recipe, examples, fold(examples, 5)).scores()["accuracy"]
         values.append(found.value)
     assert abs(np.mean(values) - 0.5) < 0.06
+
+
+def test_few_groups_give_wide_intervals() -> None:
+    inside = 0
+    for seed in range(60):
+        random = np.random.default_rng(seed)
+        level = np.clip(0.7 + 0.1 * random.normal(size=4), 0, 1)
+        right = random.random((4, 40)) < level[:, None]
+        said = Predictions(np.ones(160, int), right.ravel().astype(int), None, None, np.arange(2))
+        found = scores(said, np.repeat(np.arange(4), 40))["accuracy"]
+        inside += found.low <= 0.7 <= found.high
+    assert inside >= 53
+    lonely = scores(Predictions(np.arange(4) % 2, np.zeros(4, int), None, None, np.arange(2)), np.zeros(4, int))[
+        "accuracy"
+    ]
+    assert np.isnan(lonely.low) and lonely.to_json()["low"] is None
+
+
+def test_calibration_where_a_fold_lacks_a_class() -> None:
+    random = np.random.default_rng(0)
+    y = np.r_[np.arange(120) % 2, np.arange(60) % 3] + 5
+    X = random.normal(size=(180, 6)).astype(np.float32)
+    X[np.arange(180), y - 5] += 2
+    data = Examples(X, y, "multiclass", np.arange(180), np.arange(180))
+    found = evaluate.held_out(Recipe("multiclass", "logreg", calibrate=True), data, fold(data, 3), curve=True)
+    assert found.uncalibrated is not None and found.uncalibrated.shares is not None
+    accuracy = scores(found.uncalibrated, found.groups)["accuracy"].value
+    assert accuracy == pytest.approx(found.scores()["accuracy"].value, abs=0.1) and accuracy > 0.6

@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import json
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from sklearn.decomposition import PCA
 from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import FunctionTransformer
 
-from conftest import Toy, draw
+from conftest import SECRET, Toy, draw
+from features import tables
 from features.errors import BundleError, DataError, ViewMismatch
 from features.extract import extract
 from features.sources import list_source
@@ -337,3 +339,47 @@ def test_a_head_that_needs_more_examples_says_so(store: FeatureStore, tmp_path: 
         train(store, "label", tmp_path / "bundle", selection=few, folds=2, head="knn")
     facts = train(store, "label", tmp_path / "bundle", selection=LOOSE, folds=2, head="knn", tune=True)
     assert facts["targets"][0]["settings"]["n_neighbors"] <= 5
+
+
+def test_time_is_learnt_from_the_past(store: FeatureStore, tmp_path: Path) -> None:
+    when = {key: place for place, key in enumerate(sorted(store.snapshot().samples["id"].to_pylist()))}
+    chosen = numbers(store, tmp_path, when=lambda key: None if when[key] == 3 else (when[key] * 7) % 24)
+    facts = train(store, "label", tmp_path / "bundle", selection=replace(chosen, time="when"), folds=3)
+    assert facts["rows"]["left_out"]["without_time"] == 1 and facts["rows"]["train"] == 23
+    with pytest.raises(DataError, match="too few for 30 folds"):
+        train(store, "label", tmp_path / "bundle", selection=replace(chosen, time="when"), folds=30)
+    tested = replace(chosen, time="when", test_where='"when" in (5, 6)')
+    facts = train(store, "label", tmp_path / "bundle", selection=tested, folds=3)
+    assert "it is no test of the future" in (tmp_path / "bundle/report.md").read_text()
+
+
+def test_no_credentials_of_the_labels_are_kept(
+    store: FeatureStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = pa.table({"id": store.snapshot().samples["id"], "kind": store.snapshot().samples["label"]})
+    monkeypatch.setattr(tables, "read", lambda location, as_text: table)
+    chosen = Selection(labels=f"https://user:{SECRET}@example.com/labels.csv?key={SECRET}", near_duplicates=False)
+    train(store, "kind", tmp_path / "bundle", selection=chosen, folds=3)
+    for path in (tmp_path / "bundle").iterdir():
+        assert SECRET.encode() not in path.read_bytes()
+
+
+def test_controls_are_judged_on_what_can_still_be_read(store: FeatureStore, tmp_path: Path, photos: Path) -> None:
+    for path in sorted(photos.rglob("*.png"))[::2]:
+        path.unlink()
+    facts = train(store, "label", tmp_path / "bundle", selection=LOOSE, folds=2, with_controls=True)
+    gains = facts["targets"][0]["better_than"]
+    assert gains["pixels"]["rows"] == gains["untrained"]["rows"] == 12 and gains["pixels"]["head"]["value"] > 0.5
+    assert ", on 12 samples, where the head has" in (tmp_path / "bundle/report.md").read_text()
+    for path in photos.rglob("*.png"):
+        path.unlink()
+    facts = train(store, "label", tmp_path / "bundle", selection=LOOSE, folds=2, with_controls=True)
+    assert facts["targets"][0]["better_than"]["pixels"]["refused"] == "no image can be read any more"
+    assert "No score for raw pixels: no image can be read" in (tmp_path / "bundle/report.md").read_text()
+
+
+def test_few_quantities_are_too_few_to_choose_by(store: FeatureStore, tmp_path: Path) -> None:
+    chosen = numbers(store, tmp_path, size=lambda key: len(key) + 0.5)
+    few = replace(chosen, where="id < 'test/red'")
+    with pytest.raises(DataError, match="examples are too few to tune or choose a head by"):
+        train(store, "size", tmp_path / "bundle", selection=few, folds=2, head="auto")
