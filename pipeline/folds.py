@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -101,10 +100,7 @@ def _shuffled(examples: Examples, folds: int) -> list[Fold]:
     if len(np.unique(examples.groups)) < len(examples):
         grouped = StratifiedGroupKFold if stratified else GroupKFold
         return list(grouped(**options).split(X, examples.y, examples.groups))
-    with warnings.catch_warnings():
-        # It warns of a class with fewer members than folds; `fold` has refused those that matter.
-        warnings.simplefilter("ignore", UserWarning)
-        return list((StratifiedKFold if stratified else KFold)(**options).split(X, examples.y))
+    return list((StratifiedKFold if stratified else KFold)(**options).split(X, examples.y))
 
 
 def part(examples: Examples, share: float) -> Rows:

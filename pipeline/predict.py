@@ -152,9 +152,9 @@ def counts(predicted: Predicted) -> dict[str, Any]:
 
 def in_words(found: dict[str, Any]) -> str:
     """What a comparison with the training set means."""
-    told = f"AUC {found['auc']:.3f}, p {found['p_value']:.3f}"
     if found["p_value"] >= SIGNIFICANT:
-        return f"as a whole they cannot be told from the training set ({told})"
+        return f"as a whole they cannot be told from the training set (p {found['p_value']:.3f})"
+    told = f"AUC {found['auc']:.3f}, p {found['p_value']:.3f}"
     return f"as a whole they can be told from the training set ({told}): do not trust the scores of the bundle for them"
 
 
