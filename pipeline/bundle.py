@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import joblib
 import numpy as np
 import skops.io
 from numpy.typing import NDArray
@@ -135,22 +136,40 @@ def require_free(out: Path) -> None:
 
 
 def save(
-    out: Path, heads: dict[str, Any], facts: dict[str, Any], report: str, reference: NDArray[np.float32] | None = None
+    out: Path,
+    heads: dict[str, Any],
+    facts: dict[str, Any],
+    pages: dict[str, bytes],
+    reference: NDArray[np.float32] | None = None,
+    with_joblib: bool = False,
 ) -> dict[str, Any]:
     """Write a bundle, in the place of an older one if there is one.
+
+    Parameters
+    ----------
+    out : pathlib.Path
+    heads : dict of str to estimator
+        By target.
+    facts : dict
+    pages : dict of str to bytes
+        What lies in the bundle for people, by file name.
+    reference : numpy.ndarray, optional
+        float32, shape (examples, dim).
+    with_joblib : bool
+        Whether to write the heads for plain scikit-learn too. Nothing here ever reads that file.
 
     Returns
     -------
     dict
         `facts` with the format and the files' digests, as `bundle.json` has them.
     """
-    files = {
-        "head.skops": skops.io.dumps(heads, compression=zipfile.ZIP_DEFLATED),
-        "report.md": report.encode(),
-    }
+    files = {"head.skops": skops.io.dumps(heads, compression=zipfile.ZIP_DEFLATED), **pages}
     if reference is not None:
         np.save(embeddings := io.BytesIO(), reference, allow_pickle=False)
         files["reference.npy"] = embeddings.getvalue()
+    if with_joblib:
+        joblib.dump(heads if len(heads) > 1 else next(iter(heads.values())), dumped := io.BytesIO(), compress=3)
+        files["head.joblib"] = dumped.getvalue()
     digests = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
     facts = {"format": FORMAT, **facts, "files": digests}
     facts["sha256"] = _digest(facts)

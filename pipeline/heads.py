@@ -60,8 +60,8 @@ HEADS: dict[str, dict[Kind, Factory]] = {
     },
     "rbf_svm": {"classification": lambda: SVC(), "regression": lambda: _scaled_target(SVR())},
     "random_forest": {
-        "classification": lambda: RandomForestClassifier(300, n_jobs=-1, random_state=SEED),
-        "regression": lambda: RandomForestRegressor(300, max_features="sqrt", n_jobs=-1, random_state=SEED),
+        "classification": lambda: RandomForestClassifier(300, random_state=SEED),
+        "regression": lambda: RandomForestRegressor(300, max_features="sqrt", random_state=SEED),
     },
     "hist_gradient_boosting": {
         "classification": lambda: HistGradientBoostingClassifier(**BOOSTING),

@@ -10,13 +10,28 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 
 from features.embedding import Progress
 from features.errors import DataError, redacted
 from features.store import FeatureStore, Snapshot
 from features.views import UNTRAINED, View
-from pipeline import bundle, controls, dataset, drift, heads, multilabel, report, targets, tuning
+from pipeline import (
+    atlas,
+    bundle,
+    controls,
+    dataset,
+    drift,
+    evaluate,
+    heads,
+    multilabel,
+    page,
+    problems,
+    targets,
+    thumbnails,
+    tuning,
+)
 from pipeline.dataset import Dataset, Selection
 from pipeline.evaluate import HeldOut, Tick
 from pipeline.folds import SEED, fold
@@ -43,6 +58,9 @@ def train(
     calibrate: bool = False,
     log: bool = False,
     with_controls: bool = False,
+    with_images: bool = True,
+    with_joblib: bool = False,
+    snapshot: int | None = None,
     device: str = "auto",
     progress: Progress = lambda done, total, busy: None,
 ) -> dict[str, Any]:
@@ -69,6 +87,12 @@ def train(
     with_controls : bool
         Whether to read up to 1,000 images again, for controls that know pixels but no backbone, and the backbone but
         no training.
+    with_images : bool
+        Whether the report shows images, which are read again for it.
+    with_joblib : bool
+        Whether the bundle holds ``head.joblib`` too: the estimator, or a dict of them by target.
+    snapshot : int, optional
+        Number of the state of the listing to train on; the newest by default.
     device : str
         For the controls.
     progress : callable, optional
@@ -86,8 +110,8 @@ def train(
     """
     bundle.require_free(out)
     names = [target] if isinstance(target, str) else target
-    chosen, snapshot = store.pick_view(view), store.snapshot()
-    data = dataset.load(store, [chosen], snapshot, names, selection)
+    chosen, listing = store.pick_view(view), store.snapshot(snapshot)
+    data = dataset.load(store, [chosen], listing, names, selection)
     asked = targets.read(data.samples, names, task or ("regression" if log else None))
     recipes = {}
     for each in asked:
@@ -104,13 +128,14 @@ def train(
     beside = _controls(data, chosen, with_controls, device)
     done, total = itertools.count(1), len(asked) * folds * (1 + len(beside))
     judged: list[dict[str, Any]] = []
-    fitted, held_out = dict[str, Any](), dict[str, HeldOut]()
+    fitted, held_out, errors = dict[str, Any](), dict[str, HeldOut](), list[pd.DataFrame]()
     for each in asked:
-        facts, fit, held_out[each.name] = _judged(
+        facts, fit, held_out[each.name], unlikely = _judged(
             each, recipes[each.name], data, chosen, beside, folds, lambda: progress(next(done), total, "")
         )
         judged.append(facts)
         fitted[each.name] = fit
+        errors.append(unlikely)
     facts = {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "target": names,
@@ -118,8 +143,9 @@ def train(
         "together": multilabel.scores(held_out),
         "view": chosen.to_json(),
         "store": store.root.path,
-        "snapshot": {"number": snapshot.number, "digest": snapshot.digest, "pinned": _pin(store, snapshot, out)},
+        "snapshot": {"number": listing.number, "digest": listing.digest, "pinned": _pin(store, listing, out)},
         "settings": {
+            "head": head,
             "task": task,
             "folds": folds,
             "tune": tune,
@@ -136,8 +162,25 @@ def train(
         "versions": {library: version(library) for library in LIBRARIES},
     }
     X, learnt = data.embeddings[chosen.name], ~data.tested
+    wrong = problems.Problems(
+        pd.concat(errors),
+        problems.outliers(data.samples, X),
+        problems.near_duplicates(data.samples, data.groups.pairs),
+    )
+    facts["problems"] = wrong.counts()
+    found = {
+        each.name: (_places(each, data)[held_out[each.name].rows], held_out[each.name].predictions) for each in asked
+    }
+    drawn = atlas.drawn(X, np.flatnonzero(learnt))
+    shown = page.shown(page.galleries(data.samples, found, wrong).values(), drawn) if with_images else set()
+    pages = page.of_training(facts, data.samples, found, wrong, drawn, thumbnails.read(data.samples, shown))
     reference = drift.reference(X[learnt], data.groups.of[learnt])
-    return bundle.save(out, fitted, facts, report.markdown(facts), reference)
+    return bundle.save(out, fitted, facts, pages | wrong.files(), reference, with_joblib)
+
+
+def _places(target: Target, data: Dataset) -> NDArray[np.int64]:
+    """Of the training examples of a target among the samples."""
+    return np.flatnonzero(target.known & ~data.tested)
 
 
 def require_fitting(target: Target, recipe: Recipe) -> None:
@@ -161,7 +204,7 @@ def require_fitting(target: Target, recipe: Recipe) -> None:
 
 def _judged(
     target: Target, recipe: Recipe, data: Dataset, view: View, beside: Controls, folds: int, tick: Tick
-) -> tuple[dict[str, Any], Any, HeldOut]:
+) -> tuple[dict[str, Any], Any, HeldOut, pd.DataFrame]:
     X, learnt, tested = data.embeddings[view.name], target.known & ~data.tested, target.known & data.tested
     train = data.examples(target, X, learnt)
     test = data.examples(target, X, tested) if tested.any() else None
@@ -178,7 +221,14 @@ def _judged(
             "unlabelled": int((~target.known).sum()),
         },
     }
-    return told | facts, fitted.estimator, found
+    said = found.predictions
+    if said.classes is not None and said.shares is None:
+        # Labels are doubted by probabilities.
+        said = evaluate.held_out(
+            Recipe(target.task, heads.DEFAULT["classification"]), train, fold(train, folds)
+        ).predictions
+    errors = problems.label_errors(data.samples, target.name, _places(target, data)[found.rows], said, recipe.log)
+    return told | facts, fitted.estimator, found, errors
 
 
 def _controls(data: Dataset, view: View, with_images: bool, device: str) -> Controls:

@@ -18,6 +18,7 @@ COMMANDS = [
     "compact",
     "compare",
     "demo",
+    "explore",
     "export",
     "extract",
     "info",
@@ -110,4 +111,4 @@ def test_the_demo_ends_with_what_the_readme_shows(tmp_path: Path, permafrost: An
         return re.sub(r"\d[\d.,]*", "#", re.sub(r"[ \t]+", " ", text)).replace(" \n", "\n").strip()
 
     assert without_numbers(done.stdout) == without_numbers(shown)
-    assert (tmp_path / "permafrost-demo/bundle/report.md").is_file()
+    assert (tmp_path / "permafrost-demo/bundle/MODEL_CARD.md").is_file()

@@ -32,6 +32,14 @@ from pipeline.train import train
 from pipeline.tuning import Recipe
 
 # Embeddings of three numbers are near duplicates of each other soon.
+PAGES = (
+    "report.html",
+    "report.json",
+    "MODEL_CARD.md",
+    "label_errors.parquet",
+    "outliers.parquet",
+    "near_duplicates.parquet",
+)
 LOOSE = Selection(near_duplicates=False)
 TRAINED = Selection(where="split = 'train'", near_duplicates=False)
 APART = Selection(split="split", near_duplicates=False)
@@ -68,7 +76,7 @@ def test_every_head_learns_and_survives_its_bundle(name: str, task: Task, tune: 
     assert score > beside + 0.08
     fitted = tuning.fit(recipe, tuning.with_distances(recipe, examples))
     assert fitted.settings.keys() == (heads.GRIDS[name].keys() if tune else set())
-    bundle.save(tmp_path / "b", {"it": fitted.estimator}, {"targets": [{"name": "it"}]}, "")
+    bundle.save(tmp_path / "b", {"it": fitted.estimator}, {"targets": [{"name": "it"}]}, {})
     assert (bundle.load(tmp_path / "b").heads["it"].predict(X) == fitted.estimator.predict(X)).all()
 
 
@@ -80,7 +88,7 @@ def test_one_score_everywhere(store: FeatureStore, tmp_path: Path) -> None:
     (target,) = facts["targets"]
     assert target["test"]["head"]["accuracy"] == {"value": 1.0, "low": 0.5, "high": 1.0}
     assert target["test"]["dummy"]["accuracy"]["value"] == pytest.approx(1 / 3)
-    written = (out / "report.md").read_text()
+    written = (out / "MODEL_CARD.md").read_text()
     assert "| accuracy, test | 1.0000 [0.500, 1.000] | 0.3333 [" in written
     for cells in report.score_rows(facts, target):
         assert f"| {' | '.join(cells)} |" in written
@@ -147,7 +155,7 @@ def test_copies_share_a_fold(photos: Path, tmp_path: Path, toy: Toy) -> None:
     facts = train(store, "label", tmp_path / "bundle", selection=chosen)
     assert facts["rows"]["copies"] == 24 and facts["rows"]["overlapping"] == ["test/red/18.png"]
     assert facts["targets"][0]["rows"]["independent"] == 24 and facts["targets"][0]["random_split"]["value"] == 1
-    said = (tmp_path / "bundle/report.md").read_text()
+    said = (tmp_path / "bundle/MODEL_CARD.md").read_text()
     assert "copies share a fold" in said and "the test score flatters" in said
 
 
@@ -183,13 +191,13 @@ def test_a_bundle_replaces_only_a_bundle(store: FeatureStore, tmp_path: Path) ->
     facts = train(store, "label", tmp_path / "bundle", selection=LOOSE, folds=3, head="knn")
     assert bundle.load(tmp_path / "bundle").facts == facts and facts["targets"][0]["head"] == "knn"
     left = {path.name for path in (tmp_path / "bundle").iterdir()}
-    assert left == {"bundle.json", "head.skops", "reference.npy", "report.md"}
+    assert left == {"bundle.json", "head.skops", "reference.npy", *PAGES}
 
 
 def test_an_old_bundle_outlasts_a_new_one_that_cannot_be_put_in_its_place(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    old = bundle.save(tmp_path / "b", {"old": heads.make("knn", "regression")}, {"targets": [{"name": "old"}]}, "")
+    old = bundle.save(tmp_path / "b", {"old": heads.make("knn", "regression")}, {"targets": [{"name": "old"}]}, {})
     rename = Path.rename
 
     def full(self: Path, target: Path) -> Path:
@@ -199,7 +207,7 @@ def test_an_old_bundle_outlasts_a_new_one_that_cannot_be_put_in_its_place(
 
     monkeypatch.setattr(Path, "rename", full)
     with pytest.raises(OSError, match="No space left"):
-        bundle.save(tmp_path / "b", {"new": heads.make("knn", "regression")}, {"targets": [{"name": "new"}]}, "")
+        bundle.save(tmp_path / "b", {"new": heads.make("knn", "regression")}, {"targets": [{"name": "new"}]}, {})
     assert bundle.load(tmp_path / "b").facts == old
     assert [path.name for path in tmp_path.iterdir()] == ["b"]
 
@@ -215,7 +223,7 @@ def test_an_old_bundle_outlasts_a_new_one_that_cannot_be_put_in_its_place(
     ids=["function", "nested", "untypical estimator", "builtin"],
 )
 def test_a_head_of_any_other_type_is_refused_by_name(foreign: Any, tmp_path: Path) -> None:
-    bundle.save(tmp_path / "b", {"it": foreign}, {"targets": [{"name": "it"}]}, "")
+    bundle.save(tmp_path / "b", {"it": foreign}, {"targets": [{"name": "it"}]}, {})
     with pytest.raises(BundleError, match="which no bundle of permafrost's holds"):
         bundle.load(tmp_path / "b")
 
@@ -244,7 +252,7 @@ def test_a_type_hidden_in_a_trusted_head_never_runs(tmp_path: Path) -> None:
 
 def test_a_changed_incomplete_or_newer_bundle_is_refused(tmp_path: Path) -> None:
     def fresh() -> Path:
-        bundle.save(tmp_path / "b", {"it": heads.make("knn", "regression")}, {"targets": [{"name": "it"}]}, "report")
+        bundle.save(tmp_path / "b", {"it": heads.make("knn", "regression")}, {"targets": [{"name": "it"}]}, {})
         return tmp_path / "b"
 
     with pytest.raises(BundleError, match=r"it has no bundle\.json"):
@@ -252,7 +260,7 @@ def test_a_changed_incomplete_or_newer_bundle_is_refused(tmp_path: Path) -> None
     (fresh() / "head.skops").write_bytes(b"other")
     with pytest.raises(BundleError, match=r"head\.skops is not the file that was saved"):
         bundle.load(tmp_path / "b")
-    (fresh() / "report.md").unlink()
+    (fresh() / "MODEL_CARD.md").unlink()
     with pytest.raises(BundleError, match=r"incomplete: it has no report\.md"):
         bundle.load(tmp_path / "b")
     for change in ({"target": "other"}, {"format": "1"}, {"files": []}, {"files": {"../secret": "0"}}):
@@ -268,7 +276,7 @@ def test_a_changed_incomplete_or_newer_bundle_is_refused(tmp_path: Path) -> None
 
 def test_a_bundle_holds_a_head_for_each_target(tmp_path: Path) -> None:
     fitted = {name: heads.make("tree", "regression").fit([[0.0], [1.0]], [0, 1]) for name in ("a", "b")}
-    bundle.save(tmp_path / "b", fitted, {"targets": [{"name": "a"}]}, "")
+    bundle.save(tmp_path / "b", fitted, {"targets": [{"name": "a"}]}, {})
     with pytest.raises(BundleError, match="does not hold the heads for a"):
         bundle.load(tmp_path / "b")
 
@@ -310,7 +318,7 @@ def test_labels_that_come_in_lists(store: FeatureStore, tmp_path: Path) -> None:
     )
     assert [target["name"] for target in facts["targets"]] == ["cold", "dark", "warm"]
     assert facts["together"]["mean_average_precision"]["value"] > 0.8
-    assert "All 3 labels together: mean average precision" in (tmp_path / "bundle/report.md").read_text()
+    assert "All 3 labels together: mean average precision" in (tmp_path / "bundle/MODEL_CARD.md").read_text()
     facts = train(
         store, "tags", tmp_path / "bundle", selection=numbers(store, tmp_path, tags=tags), folds=2, head="logreg"
     )
@@ -350,7 +358,7 @@ def test_time_is_learnt_from_the_past(store: FeatureStore, tmp_path: Path) -> No
         train(store, "label", tmp_path / "bundle", selection=replace(chosen, time="when"), folds=30)
     tested = replace(chosen, time="when", test_where='"when" in (5, 6)')
     facts = train(store, "label", tmp_path / "bundle", selection=tested, folds=3)
-    assert "it is no test of the future" in (tmp_path / "bundle/report.md").read_text()
+    assert "it is no test of the future" in (tmp_path / "bundle/MODEL_CARD.md").read_text()
 
 
 def test_no_credentials_of_the_labels_are_kept(
@@ -370,12 +378,12 @@ def test_controls_are_judged_on_what_can_still_be_read(store: FeatureStore, tmp_
     facts = train(store, "label", tmp_path / "bundle", selection=LOOSE, folds=2, with_controls=True)
     gains = facts["targets"][0]["better_than"]
     assert gains["pixels"]["rows"] == gains["untrained"]["rows"] == 12 and gains["pixels"]["head"]["value"] > 0.5
-    assert ", on 12 samples, where the head has" in (tmp_path / "bundle/report.md").read_text()
+    assert ", on 12 samples, where the head has" in (tmp_path / "bundle/MODEL_CARD.md").read_text()
     for path in photos.rglob("*.png"):
         path.unlink()
     facts = train(store, "label", tmp_path / "bundle", selection=LOOSE, folds=2, with_controls=True)
     assert facts["targets"][0]["better_than"]["pixels"]["refused"] == "no image can be read any more"
-    assert "No score for raw pixels: no image can be read" in (tmp_path / "bundle/report.md").read_text()
+    assert "No score for raw pixels: no image can be read" in (tmp_path / "bundle/MODEL_CARD.md").read_text()
 
 
 def test_few_quantities_are_too_few_to_choose_by(store: FeatureStore, tmp_path: Path) -> None:

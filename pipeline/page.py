@@ -1,0 +1,331 @@
+"""What was found, as pages: those of a bundle, of a comparison, and of a look at a store."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import jinja2
+import numpy as np
+import pandas as pd
+from markupsafe import Markup
+from numpy.typing import NDArray
+
+from pipeline import charts, report, thumbnails
+from pipeline.atlas import Atlas
+from pipeline.metrics import Predictions
+from pipeline.problems import Problems
+from pipeline.thumbnails import Thumbnails
+
+MOST_SHOWN = 24
+"""Pictures of a gallery."""
+MOST_ODD = 14
+MOST_LISTED = 100
+"""Rows of a table of problems in `report.json`; the whole tables lie beside it."""
+MOST_TARGETS = 12
+"""That are drawn."""
+MOST_IN_CARD = 30
+"""Classes that the model card names."""
+GREY = len(charts.COLOURS)
+
+Rows = NDArray[np.int64]
+Item = tuple[str, list[int]]
+"""What is told of some samples, and their places in the data set."""
+
+
+def render(template: str, **known: Any) -> str:
+    """Fill in a template of this package."""
+    loader = jinja2.PackageLoader("pipeline")
+    environment = jinja2.Environment(
+        loader=loader,
+        autoescape=jinja2.select_autoescape(),
+        undefined=jinja2.StrictUndefined,
+        keep_trailing_newline=True,
+    )
+    colours = [*charts.COLOURS, charts.GREY, *charts.STEPS]
+    return environment.get_template(template).render(colours=colours, sheet_columns=thumbnails.COLUMNS, **known)
+
+
+def of_training(
+    facts: dict[str, Any],
+    samples: pd.DataFrame,
+    found: dict[str, tuple[Rows, Predictions]],
+    problems: Problems,
+    atlas: Atlas,
+    pictures: Thumbnails,
+) -> dict[str, bytes]:
+    """Write what training found.
+
+    Parameters
+    ----------
+    facts : dict
+        The content of `bundle.json`.
+    samples : pandas.DataFrame
+    found : dict
+        Of each target the places of the held-out samples, and what was said of them.
+    problems : Problems
+    atlas : Atlas
+    pictures : dict of int to PIL.Image.Image
+        By place; what is missing is drawn as a gap.
+
+    Returns
+    -------
+    dict of str to bytes
+        ``report.html``, ``report.json`` and ``MODEL_CARD.md``.
+    """
+    listed, errors = galleries(samples, found, problems), problems.label_errors
+    targets = []
+    for number, target in enumerate(facts["targets"]):
+        said = found[target["name"]][1]
+        mine = errors[errors["target"] == target["name"]] if len(errors) else errors
+        classes = report.class_rows(target)
+        targets.append(
+            {
+                "name": target["name"],
+                "metric": report.NAMES[target["metric"]],
+                "lead": report.lead(target),
+                "heads": report.columns(target),
+                "rows": report.score_rows(facts, target),
+                "findings": report.findings(target),
+                "curve": report.curve(target),
+                "charts": _charts(target, said) if number < MOST_TARGETS else [],
+                "classes": classes,
+                "worst": classes[:MOST_IN_CARD],
+                "mistakes": _gallery(listed[f"mistakes {target['name']}"], samples, pictures),
+                "errors": _gallery(listed[f"errors {target['name']}"], samples, pictures),
+                "error_count": int(mine["likely_error"].sum()) if len(mine) else 0,
+            }
+        )
+    counts = problems.counts()
+    known = {
+        "title": f"{', '.join(facts['target'])} from {facts['view']['request']['backbone']}",
+        "facts": facts,
+        "verdict": report.verdict(facts),
+        "clear": all(map(report.clear, facts["targets"])),
+        "notes": report.notes(facts),
+        "targets": targets,
+        "command": report.command(facts),
+        "made": report.made(facts),
+        "map": chart_of(atlas, samples, pictures, *_told(found, len(samples))),
+        "pairs": _gallery(listed["pairs"], samples, pictures),
+        "pair_count": counts["near_duplicates"],
+        "outliers": _gallery(listed["outliers"], samples, pictures),
+        "outlier_count": counts["outliers"],
+    }
+    told = facts | {name: known[name] for name in ("verdict", "notes", "command")} | {"problems": _listed(problems)}
+    told["findings"] = {target["name"]: target["findings"] for target in targets}
+    told["confused"] = {name: confused(said) for name, (_, said) in found.items() if said.classes is not None}
+    return {
+        "report.html": render("report.html", **known).encode(),
+        "report.json": (json.dumps(told, indent=1, allow_nan=False) + "\n").encode(),
+        "MODEL_CARD.md": render("card.md", **known).encode(),
+    }
+
+
+def of_comparison(facts: dict[str, Any]) -> str:
+    """Draw a leaderboard, as a page."""
+    heads, rows, title = report.leaderboard(facts)
+    scores = [(f"{row['head']}, {row['view']}", row["scores"][facts["metric"]]) for row in facts["leaderboard"]]
+    figure = charts.ladder([*scores, ("dummy", facts["dummy"][facts["metric"]])], report.NAMES[facts["metric"]])
+    drawn = [] if figure is None else [_chart("Scores on held-out samples, with 95% intervals.", figure)]
+    notes = report.of_comparison(facts)
+    return render("compare.html", title=title, heads=heads, rows=rows, charts=drawn, notes=notes, map=None)
+
+
+def of_store(
+    facts: dict[str, Any],
+    samples: pd.DataFrame,
+    clusters: list[list[Item]],
+    pairs: pd.DataFrame,
+    odd: pd.DataFrame,
+    atlas: Atlas,
+    names: NDArray[Any],
+    pictures: Thumbnails,
+) -> str:
+    """Draw what a look at a store found, as a page; `names` tells each sample's cluster."""
+    return render(
+        "explore.html",
+        title=f"What is in {facts['store']}",
+        facts=facts,
+        clusters=[
+            {"name": f"cluster {number}", "rows": rows, "items": _gallery(items, samples, pictures)}
+            for number, (rows, items) in enumerate(zip(facts["clusters"], clusters, strict=True), 1)
+        ],
+        pairs=_gallery(pairs_of(pairs), samples, pictures),
+        outliers=_gallery(odd_ones(odd), samples, pictures),
+        map=chart_of(atlas, samples, pictures, names.tolist(), names),
+    )
+
+
+def galleries(
+    samples: pd.DataFrame, found: dict[str, tuple[Rows, Predictions]], problems: Problems
+) -> dict[str, list[Item]]:
+    """Say which samples each gallery shows, and what it tells of them."""
+    listed: dict[str, list[Item]] = {"pairs": pairs_of(problems.near_duplicates)}
+    listed["outliers"] = odd_ones(problems.outliers)
+    for name, (rows, said) in found.items():
+        errors = problems.label_errors
+        mine = errors[errors["target"] == name] if len(errors) else errors
+        likely = list(_first(mine, "likely_error")) if len(mine) else []
+        listed[f"errors {name}"] = [(f"{_cell(row.label)}, or {_cell(row.predicted)}?", [row.Index]) for row in likely]
+        listed[f"mistakes {name}"] = _mistakes(rows, said, {row.Index for row in likely})
+    return listed
+
+
+def odd_ones(table: pd.DataFrame) -> list[Item]:
+    """The oddest images for a gallery, whether they lie far out or not."""
+    some = table.head(MOST_ODD)
+    told = [f"{far:.1f}{', far out' if out else ''}" for far, out in some[["distance", "outlier"]].to_numpy().tolist()]
+    return [(said, [row]) for said, row in zip(told, some.index.tolist(), strict=True)]
+
+
+def pairs_of(table: pd.DataFrame) -> list[Item]:
+    """Pairs for a gallery."""
+    some = table.groupby("kind", sort=False).head(MOST_SHOWN // max(table["kind"].nunique(), 1))
+    told = np.where(some["kind"] == "near", some["similarity"].map("{:.3f}".format), some["kind"])
+    return list(zip(told.tolist(), some[["first", "second"]].to_numpy().tolist(), strict=True))
+
+
+def shown(listed: Iterable[list[Item]], atlas: Atlas) -> set[int]:
+    """Places of all samples that a page shows."""
+    return {*atlas.rows.tolist(), *(row for items in listed for _, rows in items for row in rows)}
+
+
+def chart_of(
+    atlas: Atlas, samples: pd.DataFrame, pictures: Thumbnails, told: Sequence[str], values: NDArray[Any] | None
+) -> dict[str, Any]:
+    """The map: points with their colours, what is told of each, and the sheet of their pictures.
+
+    Parameters
+    ----------
+    told : sequence of str
+        Of every sample.
+    values : numpy.ndarray or None
+        What colours them, of every sample: labels as strings ("" for none), or floats.
+    """
+    colours, key = _colours(values, atlas.rows)
+    points = [
+        (round(1000 * float(x)), round(640 * float(1 - y)), colour)
+        for (x, y), colour in zip(atlas.places, colours, strict=True)
+    ]
+    return {
+        "points": points,
+        "key": key,
+        "told": [f"{samples['id'].iloc[row]}{told[row] and ': '}{told[row]}" for row in atlas.rows],
+        "sheet": thumbnails.sheet([pictures.get(row) for row in atlas.rows.tolist()]),
+    }
+
+
+def confused(found: Predictions) -> list[tuple[str, str, int]]:
+    """Truth, prediction and number of rows, for each pair of classes that occurs."""
+    assert found.classes is not None
+    pairs, counts = np.unique(np.stack([found.y, found.predicted]), axis=1, return_counts=True)
+    names = [str(name) for name in found.classes]
+    return [(names[y], names[said], int(count)) for (y, said), count in zip(pairs.T, counts, strict=True)]
+
+
+def _charts(target: dict[str, Any], said: Predictions) -> list[dict[str, Any]]:
+    metric = report.NAMES[target["metric"]]
+    scores = {name: values.get(target["metric"]) for name, values in target["cross_validation"].items()}
+    rows = [(report.CONTROLS.get(name, target["head"]), score) for name, score in scores.items() if score]
+    drawn = [("Held-out scores beside the controls, with 95% intervals.", charts.ladder(rows, metric))]
+    if said.classes is None:
+        drawn.append(("Held-out predictions by the truth.", charts.against_truth(said, target["log"])))
+        drawn.append(("Their errors.", charts.residuals(said)))
+    else:
+        of = "" if len(said.classes) <= charts.MOST_IN_MATRIX else f", the {charts.MOST_IN_MATRIX} with most mistakes"
+        drawn.append((f"Held-out samples by truth and prediction{of}.", charts.confusion(said)))
+        drawn.append(("ROC curves.", charts.roc(said)))
+        drawn.append(("Precision-recall curves.", charts.precision_recall(said)))
+        drawn.append(("Classes by recall.", charts.recalls(said)))
+        caption = (
+            "Reliability: points above the line are surer than the head says. Larger points stand for more samples."
+        )
+        drawn.append((caption, charts.reliability(target["reliability"])))
+    drawn.append(("Learning curve.", charts.learning_curve(target["learning_curve"], metric)))
+    return [_chart(caption, figure) for caption, figure in drawn if figure is not None]
+
+
+def _chart(caption: str, figure: Any) -> dict[str, Any]:
+    return {"caption": caption, "svg": Markup(charts.svg(figure))}
+
+
+def _mistakes(rows: Rows, said: Predictions, others: set[int]) -> list[Item]:
+    if said.classes is None:
+        error = np.abs(said.predicted - said.y)
+        order = [place for place in np.argsort(-error, kind="stable") if rows[place] not in others][:MOST_SHOWN]
+        return [(f"{_cell(said.y[p])}, predicted {_cell(said.predicted[p])}", [int(rows[p])]) for p in order]
+    wrong = np.flatnonzero(said.y != said.predicted)
+    sure = said.shares[wrong, said.predicted[wrong]] if said.shares is not None else np.zeros(len(wrong))
+    order = [place for place in wrong[np.argsort(-sure, kind="stable")] if rows[place] not in others][:MOST_SHOWN]
+    found = []
+    for place in order:
+        share = "" if said.shares is None else f" ({said.shares[place, said.predicted[place]]:.0%})"
+        told = f"{said.classes[said.y[place]]}, predicted {said.classes[said.predicted[place]]}{share}"
+        found.append((told, [int(rows[place])]))
+    return found
+
+
+def _gallery(items: list[Item], samples: pd.DataFrame, pictures: Thumbnails) -> list[dict[str, Any]]:
+    return [
+        {
+            "told": told,
+            "names": [str(samples["id"].iloc[row]) for row in rows],
+            "pictures": [thumbnails.data_uri(pictures[row]) if row in pictures else None for row in rows],
+        }
+        for told, rows in items
+    ]
+
+
+def _told(found: dict[str, tuple[Rows, Predictions]], count: int) -> tuple[list[str], NDArray[Any] | None]:
+    """Of every sample what each target's truth and prediction are; and the first target's truth."""
+    told, values = [""] * count, None
+    for name, (rows, said) in found.items():
+        of = said.classes
+        y = said.y if of is None else of[said.y].astype(str)
+        if values is None:
+            values = np.full(count, np.nan) if of is None else np.full(count, "", dtype=object)
+            values[rows] = y
+        predicted = said.predicted if of is None else of[said.predicted]
+        for row, truth, other in zip(rows.tolist(), y, predicted, strict=True):
+            mine = _cell(truth) if _cell(truth) == _cell(other) else f"{_cell(truth)}, predicted {_cell(other)}"
+            told[row] += f"{told[row] and '; '}{f'{name} ' if len(found) > 1 else ''}{mine}"
+    return told, values
+
+
+def _colours(values: NDArray[Any] | None, rows: Rows) -> tuple[list[int], list[tuple[str, int]]]:
+    """The number of each row's colour, and what the colours mean."""
+    if values is None:
+        return [0] * len(rows), []
+    if values.dtype == object:
+        names, counts = np.unique(values[rows][values[rows] != ""].astype(str), return_counts=True)
+        kept = names[np.argsort(-counts, kind="stable")][: len(charts.COLOURS)].tolist()
+        place = {name: number for number, name in enumerate(kept)}
+        key = [*place.items(), *([("others", GREY)] if len(names) > len(kept) else [])]
+        return [place.get(str(values[row]), GREY) for row in rows], key
+    there = values[rows][np.isfinite(values[rows])]
+    ends = np.unique(np.quantile(there, (0, 0.25, 0.5, 0.75, 1))) if len(there) else there
+    steps = [f"{_cell(low)} to {_cell(high)}" for low, high in itertools.pairwise(ends)]
+    number = np.clip(np.searchsorted(ends, values[rows], side="right") - 1, 0, max(len(steps) - 1, 0))
+    number = np.where(np.isnan(values[rows]), GREY, number + GREY + 1)
+    return number.tolist(), [(name, GREY + 1 + place) for place, name in enumerate(steps)]
+
+
+def _first(table: pd.DataFrame, flag: str) -> Iterable[Any]:
+    return table[table[flag]].head(MOST_SHOWN).itertuples()
+
+
+def _listed(problems: Problems) -> dict[str, Any]:
+    errors, far = problems.label_errors, problems.outliers
+    tables = {
+        "label_errors": errors[errors["likely_error"]] if len(errors) else errors,
+        "outliers": far[far["outlier"]],
+        "near_duplicates": problems.near_duplicates.drop(columns=["first", "second"]),
+    }
+    return {name: json.loads(table.head(MOST_LISTED).to_json(orient="records")) for name, table in tables.items()}
+
+
+def _cell(value: Any) -> str:
+    return f"{value:,.4g}" if isinstance(value, float | np.floating) else str(value)
