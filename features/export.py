@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
@@ -21,8 +20,6 @@ from features.store import FeatureStore
 from features.views import View
 
 Format = Literal["parquet", "csv", "arrow"]
-ROWS = 8192
-"""At most so many rows are joined at a time, however many samples share an image."""
 
 
 def export(store: FeatureStore, view: View, out: Path, format: Format, wide: bool) -> int:
@@ -80,28 +77,13 @@ def _joined(
     store: FeatureStore, view: View, listing: pa.Table
 ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32] | None]]:
     """Rows of the listing, each once, with their embeddings; None for those that have none."""
-    readable = pc.equal(listing["status"], "ok")
-    keys = pc.if_else(readable, listing["sha256"], pa.scalar(None, pa.string()))
-    codes, unique = pd.factorize(keys.to_pandas().to_numpy(object))
-    index, order = pd.Index(unique, dtype=object), np.argsort(codes, kind="stable")
-    starts = np.searchsorted(codes[order], np.arange(len(unique) + 1))
     left = np.ones(len(listing), bool)
-    for _, sha256, vectors in parts.each(store.root, view):
-        code = index.get_indexer(pd.Index(sha256, dtype=object))
-        have = np.flatnonzero(code >= 0)
-        counts = starts[code[have] + 1] - starts[code[have]]
-        # The samples of one image lie side by side in `order`.
-        ends = np.cumsum(counts)
-        rows = order[np.arange(counts.sum()) + np.repeat(starts[code[have]] - ends + counts, counts)]
-        rows, first = np.unique(rows, return_index=True)
-        place = np.repeat(have, counts)[first][left[rows]]
-        rows = rows[left[rows]]
+    for rows, vectors in parts.join(store.root, view, samples.readable(listing)):
         left[rows] = False
-        for start in range(0, len(rows), ROWS):
-            yield rows[start : start + ROWS], vectors[place[start : start + ROWS]]
+        yield rows, vectors
     rows = np.flatnonzero(left)
-    for start in range(0, len(rows), ROWS):
-        yield rows[start : start + ROWS], None
+    for start in range(0, len(rows), parts.ROWS):
+        yield rows[start : start + parts.ROWS], None
 
 
 def _columns(vectors: NDArray[np.float32] | None, rows: int, types: list[pa.DataType]) -> list[pa.Array]:

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -28,6 +29,8 @@ from features.views import View
 FORMAT = 1
 """Of everything under a store's root. Raise it when an older reader would misread or miss a row; keep reading the
 older ones, and keep a store of each in the tests."""
+ROWS = 8192
+"""At most so many images are joined at a time, however many of them are the same."""
 
 
 @dataclass
@@ -162,6 +165,41 @@ def _scatter(
     except FileNotFoundError:
         return True
     return False
+
+
+def join(root: Root, view: View, wanted: pa.ChunkedArray) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
+    """Read the embeddings of some images part by part, since memory may not hold them all.
+
+    Parameters
+    ----------
+    root : Root
+    view : View
+    wanted : pyarrow.ChunkedArray
+        SHA-256 of the images; may repeat itself, and nulls are not found.
+
+    Yields
+    ------
+    rows : numpy.ndarray
+        int64, ascending: some of the images. Each that the view has an embedding of comes once.
+    embeddings : numpy.ndarray
+        float32, shape (rows, dim).
+    """
+    codes, unique = pd.factorize(wanted.to_pandas().to_numpy(object))
+    # One index for all parts; Arrow would make a new one for each of them, from a million keys every time.
+    index, order = pd.Index(unique, dtype=object), np.argsort(codes, kind="stable")
+    starts = np.searchsorted(codes[order], np.arange(len(unique) + 1))
+    for _, sha256, vectors in each(root, view):
+        code = index.get_indexer(pd.Index(sha256, dtype=object))
+        have = np.flatnonzero(code >= 0)
+        counts = starts[code[have] + 1] - starts[code[have]]
+        # The rows of one image lie side by side in `order`.
+        ends = np.cumsum(counts)
+        rows = order[np.arange(counts.sum()) + np.repeat(starts[code[have]] - ends + counts, counts)]
+        # A part that another program wrote may hold doubles.
+        rows, first = np.unique(rows, return_index=True)
+        place = np.repeat(have, counts)[first]
+        for start in range(0, len(rows), ROWS):
+            yield rows[start : start + ROWS], vectors[place[start : start + ROWS]]
 
 
 def each(root: Root, view: View) -> Iterator[tuple[str, list[str], NDArray[np.float32]]]:

@@ -302,14 +302,9 @@ class FeatureStore:
             If there is no such view.
         """
         table = self.snapshot().samples
-        table = table.filter(pc.equal(table["status"], "ok"))
-        listed = pd.Index(table["sha256"].to_pandas())
-        for _, keys, embeddings in parts.each(self.root, self.pick_view(view)):
-            place = pd.Index(keys).get_indexer(listed)
-            rows = np.flatnonzero(place >= 0)
-            if len(rows):
-                some = table.take(pa.array(rows))
-                yield Loaded(some["id"].to_numpy(), embeddings[place[rows]], some.to_pandas())
+        for rows, embeddings in parts.join(self.root, self.pick_view(view), samples.readable(table)):
+            some = table.take(pa.array(rows))
+            yield Loaded(some["id"].to_numpy(), embeddings, some.to_pandas())
 
 
 def _outside(shards: list[Shard], ids: pa.ChunkedArray) -> NDArray[np.bool_]:

@@ -183,20 +183,18 @@ def predict(
     predict.require_writable(out)
     trained = bundles.load(bundle)
     if FeatureStore.is_store(source):
-        predicted = predict.predict_store(trained, FeatureStore.open(source))
+        counts = predict.predict_store(trained, FeatureStore.open(source), out, watch=console.progress)
     else:
         listed = list_source(source, image=image, id_column=id_column)
         reused = FeatureStore.open_or_new(store) if store else None
-        with console.progress("embedding") as progress:
-            predicted = predict.predict_source(
-                trained, listed, store=reused, weights=weights, device=device, progress=progress
-            )
-    predict.write(predicted.table, out)
-    counts = {"out": str(out)} | predict.counts(predicted)
+        counts = predict.predict_source(
+            trained, listed, out, store=reused, weights=weights, device=device, watch=console.progress
+        )
     told = "{predicted:,} of {samples:,} samples predicted, {failed:,} failed; see {out}"
-    say_result(counts, as_json, told + ("\n" + predict.in_words(predicted.drift) if predicted.drift else ""))
+    found = counts["drift"]
+    say_result({"out": str(out)} | counts, as_json, told + ("\n" + predict.in_words(found) if found else ""))
     if max_drift is not None:
-        predict.require_alike(predicted, max_drift)
+        predict.require_alike(found, max_drift)
 
 
 @app.command()

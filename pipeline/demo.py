@@ -56,6 +56,5 @@ def run(out: Path, progress: Progress, say: Callable[[str], None]) -> tuple[dict
     say(f"$ permafrost train {store} --target label --split split --out {trained}")
     facts = train(feature_store, "label", trained, selection=Selection(split="split"))
     say(f"$ permafrost predict {trained} {images}/test --store {store} --out {predictions}")
-    predicted = predict.predict_source(bundle.load(trained), list_source(str(images / "test")), store=feature_store)
-    predict.write(predicted.table, predictions)
+    predict.predict_source(bundle.load(trained), list_source(str(images / "test")), predictions, store=feature_store)
     return facts, predictions

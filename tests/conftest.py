@@ -17,6 +17,7 @@ from typing import Any
 
 import fsspec
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from numpy.typing import NDArray
@@ -26,7 +27,8 @@ from features import backbones, forward, images, parts
 from features.backbones import Backbone
 from features.store import FeatureStore
 from features.views import Request, View
-from pipeline import cli
+from pipeline import cli, predict
+from pipeline.bundle import Bundle
 
 SECRET = "a-very-recognisable-secret"
 COLOURS = {"red": (220, 40, 40), "green": (40, 200, 60), "blue": (50, 60, 210)}
@@ -192,6 +194,12 @@ def stored(store: FeatureStore, view: View) -> dict[str, NDArray[np.float32]]:
         for _, keys, vectors in parts.each(store.root, view)
         for key, vector in zip(keys, vectors, strict=True)
     }
+
+
+def predicted(bundle: Bundle, store: FeatureStore, out: Path) -> pd.DataFrame:
+    """What a bundle says of a store."""
+    predict.predict_store(bundle, store, out)
+    return pd.read_parquet(out)
 
 
 def answer(done: subprocess.CompletedProcess[str]) -> Any:

@@ -16,14 +16,13 @@ from sklearn.decomposition import PCA
 from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import FunctionTransformer
 
-from conftest import SECRET, Toy, draw
+from conftest import SECRET, Toy, predicted
 from features import tables
-from features.errors import BundleError, DataError, ViewMismatch
+from features.errors import BundleError, DataError
 from features.extract import extract
 from features.sources import list_source
 from features.store import FeatureStore
-from features.views import Request
-from pipeline import bundle, evaluate, heads, predict, report, targets, tuning
+from pipeline import bundle, evaluate, heads, report, targets, tuning
 from pipeline.dataset import Selection
 from pipeline.folds import Examples, fold
 from pipeline.intervals import scores
@@ -95,55 +94,6 @@ def test_one_score_everywhere(store: FeatureStore, tmp_path: Path) -> None:
     assert target["classes"] == ["blue", "green", "red"]
     assert (Path(store.root.path) / "snapshots/000001.pin").is_file()
     assert facts["snapshot"] == {"number": 1, "digest": store.snapshot(1).digest, "pinned": True}
-
-
-def test_predictions_are_those_that_were_scored(store: FeatureStore, tmp_path: Path, photos: Path, toy: Toy) -> None:
-    train(store, "label", tmp_path / "bundle", selection=TRAINED, folds=3)
-    trained = bundle.load(tmp_path / "bundle")
-    (photos / "test/red/broken.png").write_bytes(b"no image")
-    before, listing = toy.embedded, store.snapshot()
-    draw(photos / "test/red/new.png", (230, 30, 30))
-    table = (
-        predict.predict_source(trained, list_source(str(photos / "test")), store=store)
-        .table.to_pandas()
-        .set_index("id")
-    )
-    assert toy.embedded == before + 1
-    assert store.snapshot().digest == listing.digest and not store.root.names("pending")
-    assert len(table) == 8
-    assert table.loc["red/broken.png", "error"].startswith("not_an_image: ")
-    read = table.drop(index="red/broken.png")
-    assert (read["prediction"] == read.index.str.split("/").str[0]).all()
-    assert np.allclose(read[["p_blue", "p_green", "p_red"]].sum(axis=1), 1)
-    assert table.loc["red/broken.png", ["prediction", "p_red"]].isna().all()
-    alone = predict.predict_source(trained, list_source(str(photos / "test"))).table.to_pandas().set_index("id")
-    assert alone["prediction"].equals(table["prediction"])
-    stored = predict.predict_store(trained, store).table.to_pandas()
-    assert len(stored) == 24 and (stored["prediction"] == stored["id"].str.split("/").str[1]).all()
-
-
-def test_predictions_exist_where_nothing_could_be_read(store: FeatureStore, tmp_path: Path) -> None:
-    train(store, "label", tmp_path / "bundle", selection=LOOSE, folds=3)
-    (tmp_path / "bad").mkdir()
-    (tmp_path / "bad/a.png").write_bytes(b"")
-    table = predict.predict_source(bundle.load(tmp_path / "bundle"), list_source(str(tmp_path / "bad"))).table
-    assert table["prediction"].to_pylist() == [None] and table["error"].to_pylist() == ["empty: the file has no bytes"]
-    predict.write(table, tmp_path / "p.parquet")
-    assert pq.read_table(tmp_path / "p.parquet").equals(table)
-    assert sorted(path.name for path in tmp_path.glob("*p.parquet*")) == ["p.parquet"]
-
-
-def test_other_weights_are_refused(store: FeatureStore, tmp_path: Path, photos: Path, toy: Toy) -> None:
-    train(store, "label", tmp_path / "bundle", selection=LOOSE, folds=3)
-    trained = bundle.load(tmp_path / "bundle")
-    with pytest.raises(ViewMismatch, match="weights is 'V1', asked for 'V2'"):
-        predict.predict_source(trained, list_source(str(photos)), weights="V2")
-    other = FeatureStore.open_or_new(str(tmp_path / "other"))
-    extract(list_source(str(photos)), other, [Request("toy", "V2")], view=trained.view.name)
-    with pytest.raises(ViewMismatch, match="weights is 'V2', asked for 'V1'"):
-        predict.predict_store(trained, other)
-    with pytest.raises(ViewMismatch, match="weights is 'V1', asked for 'V2'"):
-        predict.predict_source(trained, list_source(str(photos)), store=other)
 
 
 def test_copies_share_a_fold(photos: Path, tmp_path: Path, toy: Toy) -> None:
@@ -299,7 +249,7 @@ def test_several_targets_at_once(store: FeatureStore, tmp_path: Path) -> None:
         ("size", "regression", "ridge"),
     ]
     assert facts["together"] is None and facts["labels"]["rows"] == 24
-    table = predict.predict_store(bundle.load(tmp_path / "bundle"), store).table.to_pandas()
+    table = predicted(bundle.load(tmp_path / "bundle"), store, tmp_path / "p.parquet")
     assert {"prediction_colour", "p_colour_red", "set_colour", "prediction_size", "low_size"} < set(table.columns)
     assert {len(some) for some in table["set_colour"]} <= {0, 1, 2, 3}
     assert (table["prediction_colour"] == table["id"].str.split("/").str[1]).all()
@@ -323,7 +273,7 @@ def test_labels_that_come_in_lists(store: FeatureStore, tmp_path: Path) -> None:
         store, "tags", tmp_path / "bundle", selection=numbers(store, tmp_path, tags=tags), folds=2, head="logreg"
     )
     assert facts["rows"]["left_out"]["unlabelled"] == 18 and facts["rows"]["train"] == 6
-    table = predict.predict_store(bundle.load(tmp_path / "bundle"), store).table.to_pandas()
+    table = predicted(bundle.load(tmp_path / "bundle"), store, tmp_path / "p.parquet")
     assert table["prediction_warm"].notna().all() and len(table) == 24
 
 
@@ -331,7 +281,7 @@ def test_a_quantity_by_its_logarithm(store: FeatureStore, tmp_path: Path) -> Non
     chosen = numbers(store, tmp_path, size=lambda key: 10.0 ** len(key.split("/")[1]))
     facts = train(store, "size", tmp_path / "bundle", selection=chosen, folds=3, log=True)
     assert facts["targets"][0]["conformal"] is not None
-    told = predict.predict_store(bundle.load(tmp_path / "bundle"), store).table.to_pandas()
+    told = predicted(bundle.load(tmp_path / "bundle"), store, tmp_path / "p.parquet")
     assert (told["low"] > 0).all() and (told["low"] < told["prediction"]).all()
     assert (told["prediction"] < told["high"]).all()
     below = numbers(store, tmp_path, size=lambda key: len(key) - 16.5)
