@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,13 +17,14 @@ from numpy.typing import NDArray
 
 from features import parts, runs, samples
 from features.embedding import Progress
-from features.errors import DataError, Drifted
+from features.errors import BundleError, DataError, Drifted
 from features.fill import fill, look_ahead
 from features.guards import require_samples
 from features.sources import Source
 from features.store import FeatureStore, Snapshot
 from features.views import Request, View
 from pipeline import conformal, dataset, drift
+from pipeline.audit import in_short
 from pipeline.bundle import Bundle
 
 SIGNIFICANT = 0.05
@@ -210,19 +213,30 @@ def _predict(bundle: Bundle, store: FeatureStore, view: View, rows: pa.Table) ->
     table = rows.sort_by([("source", "ascending"), ("id", "ascending")])
     found = None
     if bundle.reference is not None and batch:
-        found = drift.compare(np.concatenate(batch), bundle.reference)
+        with _blamed_on_the_bundle():
+            found = drift.compare(np.concatenate(batch), bundle.reference)
     return Predicted(table, found)
+
+
+@contextmanager
+def _blamed_on_the_bundle() -> Iterator[None]:
+    try:
+        yield
+    # Embeddings of a store are sound, so whatever scikit-learn raises is about what the bundle made of them.
+    except Exception as error:
+        raise BundleError(f"the bundle cannot predict: {in_short(error)}; train it again") from None
 
 
 def _told(bundle: Bundle, keys: list[str], X: NDArray[np.float32]) -> pa.Table:
     """What the heads say of some images, by their SHA-256."""
     columns: dict[str, Any] = {"sha256": pa.array(keys, pa.string())}
     targets = bundle.facts["targets"]
-    for target in targets:
-        columns |= _columns(bundle.heads[target["name"]], target, X, len(targets) > 1)
-    if bundle.reference is not None:
-        columns["oddity"] = pa.array(drift.oddity(X, bundle.reference), pa.float64())
-    return pa.table(columns)
+    with _blamed_on_the_bundle():
+        for target in targets:
+            columns |= _columns(bundle.heads[target["name"]], target, X, len(targets) > 1)
+        if bundle.reference is not None:
+            columns["oddity"] = pa.array(drift.oddity(X, bundle.reference), pa.float64())
+        return pa.table(columns)
 
 
 def _columns(head: Any, target: dict[str, Any], X: NDArray[np.float32], of_several: bool) -> dict[str, pa.Array]:
