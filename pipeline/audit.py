@@ -110,7 +110,7 @@ def audit(head: bytes, path: Path) -> bytes:
             schema = json.loads(archive.read("schema.json"))
             if schema["protocol"] is True or schema["protocol"] != _PROTOCOL:
                 raise ValueError(f"protocol {schema['protocol']!r} of skops")
-            files = _checked(schema, path)
+            files, trees = _checked(schema, path)
             # Each mention of a file becomes an array.
             if sum(archive.getinfo(file).file_size for file in files) > most:
                 raise ValueError("it names more than it holds")
@@ -119,7 +119,9 @@ def audit(head: bytes, path: Path) -> bytes:
                 rewritten.writestr("schema.json", json.dumps(schema))
                 for file in sorted(set(files)):
                     content = archive.read(file)
-                    require_array(content)
+                    # Of a single number scikit-learn reads a length that is not there.
+                    if len(require_array(content)) != 1 and file in trees:
+                        raise ValueError("the nodes of a tree are no list")
                     rewritten.writestr(file, content)
     except BundleError:
         raise
@@ -143,9 +145,17 @@ def _require_small(members: list[zipfile.ZipInfo], most: int) -> None:
             raise ValueError(f"{member.filename!r} is compressed in a way that no head is")
 
 
-def _checked(schema: Any, path: Path) -> list[str]:
-    """Check every node, leave out identities and what is for training alone, and list the files that are named."""
-    files, waiting = [], [schema]
+def _checked(schema: Any, path: Path) -> tuple[list[str], set[str]]:
+    """Check every node, leave out identities and what is for training alone.
+
+    Returns
+    -------
+    files : list of str
+        As often as they are named.
+    trees : set of str
+        Those with the nodes of trees.
+    """
+    files, trees, waiting = list[str](), set[str](), [schema]
     while waiting:
         node = waiting.pop()
         if isinstance(node, dict) and ("__loader__" in node or "__class__" in node):
@@ -161,17 +171,22 @@ def _checked(schema: Any, path: Path) -> list[str]:
             if loader in _FOR_TRAINING:
                 node.clear()
                 node.update(_NOTHING)
+            if loader == "TreeNode":
+                nodes = node["content"]["content"]["nodes"]
+                if nodes["__loader__"] != "NdArrayNode":
+                    raise ValueError("the nodes of a tree are no array")
+                trees.add(nodes["file"])
             if loader == "NdArrayNode":
                 if node.get("type") != "numpy" or not isinstance(node.get("file"), str):
                     raise ValueError("an array is no file")
                 files.append(node["file"])
         if isinstance(node, dict | list):
             waiting.extend(node.values() if isinstance(node, dict) else node)
-    return files
+    return files, trees
 
 
-def require_array(content: bytes) -> None:
-    """Check that an array is as large as it says, since room is made for it before it is read."""
+def require_array(content: bytes) -> tuple[int, ...]:
+    """Check that an array is as large as it says, since room is made for it before it is read, and tell its shape."""
     stream = io.BytesIO(content)
     if np.lib.format.read_magic(stream) != (1, 0):
         raise ValueError("an array of another version of NumPy's format")
@@ -179,3 +194,4 @@ def require_array(content: bytes) -> None:
     said = math.prod(shape) * dtype.itemsize
     if dtype.hasobject or not dtype.itemsize or min(shape, default=0) < 0 or said != len(content) - stream.tell():
         raise ValueError(f"an array of {shape} {dtype} in {len(content)} bytes")
+    return tuple(shape)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -197,6 +198,17 @@ def test_a_tree_that_is_not_as_long_as_it_says_is_refused(count: int, tmp_path: 
     content = zipped([("schema.json", json.dumps(schema).encode()), *members.items()])
     (made / "head.skops").write_bytes(content)
     with pytest.raises(BundleError, match="the nodes of a tree of the head do not fit"):
+        bundle.load(sign(made))
+
+
+@pytest.mark.parametrize("shape", [(), (1, 1)])
+def test_a_tree_whose_nodes_are_no_list_is_refused(shape: tuple[int, ...], tmp_path: Path) -> None:
+    made = saved(tmp_path / "b", TREE)
+    members = unzipped(made)
+    (name,) = [name for name, content in members.items() if b"left_child" in content[:128]]
+    np.save(nodes := io.BytesIO(), np.zeros(shape))
+    (made / "head.skops").write_bytes(zipped([*(members | {name: nodes.getvalue()}).items()]))
+    with pytest.raises(BundleError, match="the nodes of a tree are no list"):
         bundle.load(sign(made))
 
 
