@@ -28,6 +28,7 @@ from features.sources import Source
 from features.store import FeatureStore, Snapshot
 from features.views import Request, View
 from pipeline import dataset, drift, records
+from pipeline.audit import blamed_on_the_bundle
 from pipeline.bundle import Bundle
 
 SIGNIFICANT = 0.05
@@ -182,7 +183,8 @@ def _predict(
     with tempfile.TemporaryFile(dir=out.parent) as scratch, watch("predicting") as progress:
         batch = _say(bundle, store, view, samples.readable(rows), scratch, progress)
         found = _write(bundle, view, rows, scratch, out)
-    compared = drift.compare(batch, bundle.reference) if bundle.reference is not None else None
+        with blamed_on_the_bundle():
+            compared = drift.compare(batch, bundle.reference) if bundle.reference is not None else None
     return found | {"drift": compared}
 
 

@@ -12,6 +12,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from pipeline import conformal, drift
+from pipeline.audit import blamed_on_the_bundle
 from pipeline.bundle import Bundle
 
 Records = NDArray[np.void]
@@ -53,18 +54,24 @@ def said(bundle: Bundle, X: NDArray[np.float32]) -> Records:
     -------
     numpy.ndarray
         Shape (images,), of the type that `layout` tells.
+
+    Raises
+    ------
+    BundleError
+        If a head cannot say anything.
     """
     found = np.zeros(len(X), layout(bundle))
     found["known"] = True
-    if bundle.reference is not None:
-        found["oddity"] = drift.oddity(X, bundle.reference)
-    for number, target in enumerate(bundle.facts["targets"]):
-        head, field = bundle.heads[target["name"]], found[f"{number}"]
-        if field.ndim == 2:
-            field[:] = head.predict_proba(X)
-        else:
-            told = head.predict(X)
-            field[:] = told if target["classes"] is None else np.searchsorted(head.classes_, told)
+    with blamed_on_the_bundle():
+        if bundle.reference is not None:
+            found["oddity"] = drift.oddity(X, bundle.reference)
+        for number, target in enumerate(bundle.facts["targets"]):
+            head, field = bundle.heads[target["name"]], found[f"{number}"]
+            if field.ndim == 2:
+                field[:] = head.predict_proba(X)
+            else:
+                told = head.predict(X)
+                field[:] = told if target["classes"] is None else np.searchsorted(head.classes_, told)
     return found
 
 
