@@ -20,7 +20,7 @@ from features import reading
 from features.embedding import Progress
 from features.errors import DataError
 from features.store import FeatureStore
-from pipeline import atlas, dataset, page, problems, thumbnails
+from pipeline import atlas, dataset, galleries, page, problems, thumbnails
 from pipeline.atlas import COMPONENTS
 from pipeline.duplicates import BLOCK, MOST_PAIRS, Pairs
 from pipeline.folds import SEED
@@ -91,7 +91,7 @@ def explore(
     odd = problems.outliers(samples, X)
     named = np.array([f"cluster {number + 1}" for number in label], dtype=object)
     drawn = atlas.drawn(X, np.arange(len(samples)))
-    groups: list[list[page.Item]] = []
+    groups: list[list[galleries.Item]] = []
     for number in range(label.max() + 1):
         members = np.flatnonzero(label == number)
         nearest = members[np.argsort(distance[members], kind="stable")][:REPRESENTATIVES]
@@ -108,7 +108,9 @@ def explore(
         "near_duplicates": len(pairs),
         "copies": data.groups.copies,
     }
-    wanted = page.shown([*groups, page.pairs_of(pairs), page.odd_ones(odd)], drawn) if with_images else set()
+    wanted = (
+        galleries.shown([*groups, galleries.pairs_of(pairs), galleries.odd_ones(odd)], drawn) if with_images else set()
+    )
     html = page.of_store(facts, samples, groups, pairs, odd, drawn, named, thumbnails.read(samples, wanted, progress))
     table = samples[["source", "id", "uri"]].assign(cluster=label + 1, distance=distance)
     files = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jinja2
@@ -13,15 +13,12 @@ import pandas as pd
 from markupsafe import Markup
 from numpy.typing import NDArray
 
-from pipeline import charts, report, thumbnails
+from pipeline import charts, galleries, report, thumbnails
 from pipeline.atlas import Atlas
 from pipeline.metrics import Predictions
 from pipeline.problems import Problems
 from pipeline.thumbnails import Thumbnails
 
-MOST_SHOWN = 24
-"""Pictures of a gallery."""
-MOST_ODD = 14
 MOST_LISTED = 100
 """Rows of a table of problems in `report.json`; the whole tables lie beside it."""
 MOST_TARGETS = 12
@@ -31,8 +28,6 @@ MOST_IN_CARD = 30
 GREY = len(charts.COLOURS)
 
 Rows = NDArray[np.int64]
-Item = tuple[str, list[int]]
-"""What is told of some samples, and their places in the data set."""
 
 
 def render(template: str, **known: Any) -> str:
@@ -75,7 +70,7 @@ def of_training(
     dict of str to bytes
         ``report.html``, ``report.json`` and ``MODEL_CARD.md``.
     """
-    listed, errors = galleries(samples, found, problems), problems.label_errors
+    listed, errors = galleries.of_training(samples, found, problems), problems.label_errors
     targets = []
     for number, target in enumerate(facts["targets"]):
         said = found[target["name"]][1]
@@ -93,8 +88,8 @@ def of_training(
                 "charts": _charts(target, said) if number < MOST_TARGETS else [],
                 "classes": classes,
                 "worst": classes[:MOST_IN_CARD],
-                "mistakes": _gallery(listed[f"mistakes {target['name']}"], samples, pictures),
-                "errors": _gallery(listed[f"errors {target['name']}"], samples, pictures),
+                "mistakes": galleries.filled(listed[f"mistakes {target['name']}"], samples, pictures),
+                "errors": galleries.filled(listed[f"errors {target['name']}"], samples, pictures),
                 "error_count": int(mine["likely_error"].sum()) if len(mine) else 0,
             }
         )
@@ -109,9 +104,9 @@ def of_training(
         "command": report.command(facts),
         "made": report.made(facts),
         "map": chart_of(atlas, samples, pictures, *_told(found, len(samples))),
-        "pairs": _gallery(listed["pairs"], samples, pictures),
+        "pairs": galleries.filled(listed["pairs"], samples, pictures),
         "pair_count": counts["near_duplicates"],
-        "outliers": _gallery(listed["outliers"], samples, pictures),
+        "outliers": galleries.filled(listed["outliers"], samples, pictures),
         "outlier_count": counts["outliers"],
     }
     told = facts | {name: known[name] for name in ("verdict", "notes", "command")} | {"problems": _listed(problems)}
@@ -137,7 +132,7 @@ def of_comparison(facts: dict[str, Any]) -> str:
 def of_store(
     facts: dict[str, Any],
     samples: pd.DataFrame,
-    clusters: list[list[Item]],
+    clusters: list[list[galleries.Item]],
     pairs: pd.DataFrame,
     odd: pd.DataFrame,
     atlas: Atlas,
@@ -150,47 +145,13 @@ def of_store(
         title=f"What is in {facts['store']}",
         facts=facts,
         clusters=[
-            {"name": f"cluster {number}", "rows": rows, "items": _gallery(items, samples, pictures)}
+            {"name": f"cluster {number}", "rows": rows, "items": galleries.filled(items, samples, pictures)}
             for number, (rows, items) in enumerate(zip(facts["clusters"], clusters, strict=True), 1)
         ],
-        pairs=_gallery(pairs_of(pairs), samples, pictures),
-        outliers=_gallery(odd_ones(odd), samples, pictures),
+        pairs=galleries.filled(galleries.pairs_of(pairs), samples, pictures),
+        outliers=galleries.filled(galleries.odd_ones(odd), samples, pictures),
         map=chart_of(atlas, samples, pictures, names.tolist(), names),
     )
-
-
-def galleries(
-    samples: pd.DataFrame, found: dict[str, tuple[Rows, Predictions]], problems: Problems
-) -> dict[str, list[Item]]:
-    """Say which samples each gallery shows, and what it tells of them."""
-    listed: dict[str, list[Item]] = {"pairs": pairs_of(problems.near_duplicates)}
-    listed["outliers"] = odd_ones(problems.outliers)
-    for name, (rows, said) in found.items():
-        errors = problems.label_errors
-        mine = errors[errors["target"] == name] if len(errors) else errors
-        likely = list(_first(mine, "likely_error")) if len(mine) else []
-        listed[f"errors {name}"] = [(f"{_cell(row.label)}, or {_cell(row.predicted)}?", [row.Index]) for row in likely]
-        listed[f"mistakes {name}"] = _mistakes(rows, said, {row.Index for row in likely})
-    return listed
-
-
-def odd_ones(table: pd.DataFrame) -> list[Item]:
-    """The oddest images for a gallery, whether they lie far out or not."""
-    some = table.head(MOST_ODD)
-    told = [f"{far:.1f}{', far out' if out else ''}" for far, out in some[["distance", "outlier"]].to_numpy().tolist()]
-    return [(said, [row]) for said, row in zip(told, some.index.tolist(), strict=True)]
-
-
-def pairs_of(table: pd.DataFrame) -> list[Item]:
-    """Pairs for a gallery."""
-    some = table.groupby("kind", sort=False).head(MOST_SHOWN // max(table["kind"].nunique(), 1))
-    told = np.where(some["kind"] == "near", some["similarity"].map("{:.3f}".format), some["kind"])
-    return list(zip(told.tolist(), some[["first", "second"]].to_numpy().tolist(), strict=True))
-
-
-def shown(listed: Iterable[list[Item]], atlas: Atlas) -> set[int]:
-    """Places of all samples that a page shows."""
-    return {*atlas.rows.tolist(), *(row for items in listed for _, rows in items for row in rows)}
 
 
 def chart_of(
@@ -252,33 +213,6 @@ def _chart(caption: str, figure: Any) -> dict[str, Any]:
     return {"caption": caption, "svg": Markup(charts.svg(figure))}
 
 
-def _mistakes(rows: Rows, said: Predictions, others: set[int]) -> list[Item]:
-    if said.classes is None:
-        error = np.abs(said.predicted - said.y)
-        order = [place for place in np.argsort(-error, kind="stable") if rows[place] not in others][:MOST_SHOWN]
-        return [(f"{_cell(said.y[p])}, predicted {_cell(said.predicted[p])}", [int(rows[p])]) for p in order]
-    wrong = np.flatnonzero(said.y != said.predicted)
-    sure = said.shares[wrong, said.predicted[wrong]] if said.shares is not None else np.zeros(len(wrong))
-    order = [place for place in wrong[np.argsort(-sure, kind="stable")] if rows[place] not in others][:MOST_SHOWN]
-    found = []
-    for place in order:
-        share = "" if said.shares is None else f" ({said.shares[place, said.predicted[place]]:.0%})"
-        told = f"{said.classes[said.y[place]]}, predicted {said.classes[said.predicted[place]]}{share}"
-        found.append((told, [int(rows[place])]))
-    return found
-
-
-def _gallery(items: list[Item], samples: pd.DataFrame, pictures: Thumbnails) -> list[dict[str, Any]]:
-    return [
-        {
-            "told": told,
-            "names": [str(samples["id"].iloc[row]) for row in rows],
-            "pictures": [thumbnails.data_uri(pictures[row]) if row in pictures else None for row in rows],
-        }
-        for told, rows in items
-    ]
-
-
 def _told(found: dict[str, tuple[Rows, Predictions]], count: int) -> tuple[list[str], NDArray[Any] | None]:
     """Of every sample what each target's truth and prediction are; and the first target's truth."""
     told, values = [""] * count, None
@@ -290,7 +224,11 @@ def _told(found: dict[str, tuple[Rows, Predictions]], count: int) -> tuple[list[
             values[rows] = y
         predicted = said.predicted if of is None else of[said.predicted]
         for row, truth, other in zip(rows.tolist(), y, predicted, strict=True):
-            mine = _cell(truth) if _cell(truth) == _cell(other) else f"{_cell(truth)}, predicted {_cell(other)}"
+            mine = (
+                galleries.cell(truth)
+                if galleries.cell(truth) == galleries.cell(other)
+                else f"{galleries.cell(truth)}, predicted {galleries.cell(other)}"
+            )
             told[row] += f"{told[row] and '; '}{f'{name} ' if len(found) > 1 else ''}{mine}"
     return told, values
 
@@ -307,14 +245,10 @@ def _colours(values: NDArray[Any] | None, rows: Rows) -> tuple[list[int], list[t
         return [place.get(str(values[row]), GREY) for row in rows], key
     there = values[rows][np.isfinite(values[rows])]
     ends = np.unique(np.quantile(there, (0, 0.25, 0.5, 0.75, 1))) if len(there) else there
-    steps = [f"{_cell(low)} to {_cell(high)}" for low, high in itertools.pairwise(ends)]
+    steps = [f"{galleries.cell(low)} to {galleries.cell(high)}" for low, high in itertools.pairwise(ends)]
     number = np.clip(np.searchsorted(ends, values[rows], side="right") - 1, 0, max(len(steps) - 1, 0))
     number = np.where(np.isnan(values[rows]), GREY, number + GREY + 1)
     return number.tolist(), [(name, GREY + 1 + place) for place, name in enumerate(steps)]
-
-
-def _first(table: pd.DataFrame, flag: str) -> Iterable[Any]:
-    return table[table[flag]].head(MOST_SHOWN).itertuples()
 
 
 def _listed(problems: Problems) -> dict[str, Any]:
@@ -325,7 +259,3 @@ def _listed(problems: Problems) -> dict[str, Any]:
         "near_duplicates": problems.near_duplicates.drop(columns=["first", "second"]),
     }
     return {name: json.loads(table.head(MOST_LISTED).to_json(orient="records")) for name, table in tables.items()}
-
-
-def _cell(value: Any) -> str:
-    return f"{value:,.4g}" if isinstance(value, float | np.floating) else str(value)

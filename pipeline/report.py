@@ -88,6 +88,11 @@ def notes(facts: dict[str, Any]) -> list[str]:
         )
     for metric, score in (facts["together"] or {}).items():
         said.append(f"All {len(facts['targets'])} labels together: {NAMES[metric]} {_cell(score)}.")
+    found = facts["problems"]
+    if found["label_errors"]:
+        said.append(f"{found['label_errors']:,} labels look mistaken; label_errors.parquet lists them.")
+    if found["outliers"]:
+        said.append(f"{found['outliers']:,} images lie far from all others; outliers.parquet lists them.")
     if not facts["snapshot"]["pinned"]:
         said.append("The snapshot could not be pinned in the store, and a clean-up there may remove it.")
     return said

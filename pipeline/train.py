@@ -24,6 +24,7 @@ from pipeline import (
     dataset,
     drift,
     evaluate,
+    galleries,
     heads,
     multilabel,
     page,
@@ -172,7 +173,7 @@ def train(
         each.name: (_places(each, data)[held_out[each.name].rows], held_out[each.name].predictions) for each in asked
     }
     drawn = atlas.drawn(X, np.flatnonzero(learnt))
-    shown = page.shown(page.galleries(data.samples, found, wrong).values(), drawn) if with_images else set()
+    shown = galleries.shown(galleries.of_training(data.samples, found, wrong).values(), drawn) if with_images else set()
     pages = page.of_training(facts, data.samples, found, wrong, drawn, thumbnails.read(data.samples, shown))
     reference = drift.reference(X[learnt], data.groups.of[learnt])
     return bundle.save(out, fitted, facts, pages | wrong.files(), reference, with_joblib)
