@@ -184,7 +184,7 @@ def ladder(rows: Sequence[tuple[str, dict[str, Any]]], metric: str) -> Figure | 
             axes.plot([score["low"], score["high"]], [place, place], color=colour, lw=3, alpha=0.5)
         axes.plot(score["value"], place, "o", color=colour, ms=6)
     axes.set_yticks(range(len(rows)), [_short(name, 60) for name, _ in rows], size=8)
-    axes.invert_yaxis()
+    axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.grid(axis="y", visible=False)
     axes.set(xlabel=metric)
     return figure

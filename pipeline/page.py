@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -202,7 +203,7 @@ def _charts(target: dict[str, Any], said: Predictions) -> list[dict[str, Any]]:
         drawn.append(("Precision-recall curves.", charts.precision_recall(said)))
         drawn.append(("Classes by recall.", charts.recalls(said)))
         caption = (
-            "Reliability: points above the line are surer than the head says. Larger points stand for more samples."
+            "Reliability: below the line the head is surer than it is right. Larger points stand for more samples."
         )
         drawn.append((caption, charts.reliability(target["reliability"])))
     drawn.append(("Learning curve.", charts.learning_curve(target["learning_curve"], metric)))
@@ -239,7 +240,7 @@ def _colours(values: NDArray[Any] | None, rows: Rows) -> tuple[list[int], list[t
         return [0] * len(rows), []
     if values.dtype == object:
         names, counts = np.unique(values[rows][values[rows] != ""].astype(str), return_counts=True)
-        kept = names[np.argsort(-counts, kind="stable")][: len(charts.COLOURS)].tolist()
+        kept = sorted(names[np.argsort(-counts, kind="stable")][: len(charts.COLOURS)].tolist(), key=_as_people_count)
         place = {name: number for number, name in enumerate(kept)}
         key = [*place.items(), *([("others", GREY)] if len(names) > len(kept) else [])]
         return [place.get(str(values[row]), GREY) for row in rows], key
@@ -259,3 +260,8 @@ def _listed(problems: Problems) -> dict[str, Any]:
         "near_duplicates": problems.near_duplicates.drop(columns=["first", "second"]),
     }
     return {name: json.loads(table.head(MOST_LISTED).to_json(orient="records")) for name, table in tables.items()}
+
+
+def _as_people_count(name: str) -> list[Any]:
+    """A key by which "cluster 10" comes after "cluster 9"."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
