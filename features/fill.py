@@ -160,9 +160,8 @@ def fill(
 
     for facts, vectors in embedding.embed(plan, streams, seconds, stopped, tell):
         since = time.perf_counter()
-        versions = {library: version(library) for library in runs.LIBRARIES}
         for target, some in vectors:
-            embedded += _add(store, target, some, versions)
+            embedded += add(store, target, some)
         read.append(facts)
         pending.append(runs.keep(store.root, source.name, facts))
         seconds["write"] += time.perf_counter() - since
@@ -225,10 +224,11 @@ def _known(view: View | None) -> View:
     return view
 
 
-def _add(store: FeatureStore, target: Target, vectors: Vectors, versions: dict[str, str]) -> int:
+def add(store: FeatureStore, target: Target, vectors: Vectors) -> int:
     """Write a part, unless there is nothing new; returns how many vectors it has."""
     if not vectors:
         return 0
+    versions = {library: version(library) for library in runs.LIBRARIES}
     return parts.add(
         store.root, _known(target.view), list(vectors), np.stack(list(vectors.values())), target.present, versions
     )

@@ -9,6 +9,7 @@ import hashlib
 import json
 import re
 from dataclasses import asdict, dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -152,14 +153,17 @@ class View:
         ViewMismatch
             Naming what differs, with both values.
         """
-        if fingerprint(spec) == self.fingerprint:
-            return
-        differences = "; ".join(
+        if fingerprint(spec) != self.fingerprint:
+            told = self.differences(spec)
+            raise ViewMismatch(f"view {self.name!r} holds other embeddings: {told}; use --view with a new name")
+
+    def differences(self, spec: dict[str, Any]) -> str:
+        """What another spec has otherwise, with both values."""
+        return "; ".join(
             f"{key} is {self.spec.get(key)!r}, asked for {spec.get(key)!r}"
             for key in sorted(self.spec | spec)
             if self.spec.get(key) != spec.get(key)
         )
-        raise ViewMismatch(f"view {self.name!r} holds other embeddings: {differences}; use --view with a new name")
 
     def to_json(self) -> dict[str, Any]:
         """A description that `from_json` reads back."""
@@ -224,9 +228,15 @@ def fingerprint(spec: dict[str, Any]) -> str:
 
 
 def file_sha256(path: Path) -> str:
-    """SHA-256 (hex) of a weight file's bytes."""
+    """SHA-256 (hex) of a weight file's bytes; read again only when size or time have changed."""
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        status = path.stat()
+        return _sha256(path, status.st_size, status.st_mtime_ns)
     except OSError as error:
         raise BackboneError(f"weight file {path} cannot be read: {error.strerror}") from None
+
+
+@lru_cache
+def _sha256(path: Path, size: int, changed: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
