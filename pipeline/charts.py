@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -33,7 +34,9 @@ Axes = Any
 
 def svg(figure: Figure) -> str:
     """A figure as an SVG element whose text stays text."""
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "permafrost"}):
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "permafrost"}), warnings.catch_warnings():
+        # The page has a font for every script, whatever matplotlib's own lacks.
+        warnings.filterwarnings("ignore", "Glyph")
         figure.savefig(
             drawn := io.StringIO(),
             format="svg",

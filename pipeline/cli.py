@@ -267,6 +267,8 @@ def main() -> None:
             code, told = 1, f"the object store does not answer ({error}); check its endpoint and the credentials"
         else:
             raise
+    if code == 130 and not told:
+        told = "interrupted; what was finished before is as it was"
     if told:
         console_line = " ".join(redacted(told).split())
         print(f"permafrost: {console_line}", file=sys.stderr)

@@ -143,7 +143,7 @@ def train(
         "targets": judged,
         "together": multilabel.scores(held_out),
         "view": chosen.to_json(),
-        "store": store.root.path,
+        "store": store.root.url,
         "snapshot": {"number": listing.number, "digest": listing.digest, "pinned": _pin(store, listing, out)},
         "settings": {
             "head": head,
@@ -168,13 +168,17 @@ def train(
         problems.outliers(data.samples, X),
         problems.near_duplicates(data.samples, data.groups.pairs),
     )
+    wrong.outliers["tested"] = data.tested[wrong.outliers.index]
+    for side in ("first", "second"):
+        wrong.near_duplicates[f"{side}_tested"] = data.tested[wrong.near_duplicates[side]]
     facts["problems"] = wrong.counts()
     found = {
         each.name: (_places(each, data)[held_out[each.name].rows], held_out[each.name].predictions) for each in asked
     }
     drawn = atlas.drawn(X, np.flatnonzero(learnt))
-    shown = galleries.shown(galleries.of_training(data.samples, found, wrong).values(), drawn) if with_images else set()
-    pages = page.of_training(facts, data.samples, found, wrong, drawn, thumbnails.read(data.samples, shown))
+    shown = galleries.shown(galleries.of_training(data.samples, found, wrong).values(), drawn)
+    pictures = thumbnails.read(data.samples, shown) if with_images else None
+    pages = page.of_training(facts, data.samples, found, wrong, drawn, pictures)
     reference = drift.reference(X[learnt], data.groups.of[learnt])
     return bundle.save(out, fitted, facts, pages | wrong.files(), reference, with_joblib)
 
@@ -222,13 +226,14 @@ def _judged(
             "unlabelled": int((~target.known).sum()),
         },
     }
-    said = found.predictions
+    said, told["doubted_by"] = found.predictions, facts["head"]
     if said.classes is not None and said.shares is None:
         # Labels are doubted by probabilities.
-        said = evaluate.held_out(
-            Recipe(target.task, heads.DEFAULT["classification"]), train, fold(train, folds)
-        ).predictions
+        told["doubted_by"] = doubting = heads.DEFAULT["classification"]
+        said = evaluate.held_out(Recipe(target.task, doubting), train, fold(train, folds)).predictions
     errors = problems.label_errors(data.samples, target.name, _places(target, data)[found.rows], said, recipe.log)
+    # Who knows nothing doubts at random.
+    errors["likely_error"] &= (facts["better_than"]["dummy"]["low"] or 0) > 0
     return told | facts, fitted.estimator, found, errors
 
 
