@@ -13,7 +13,7 @@ import pyarrow.dataset as ds
 from numpy.typing import NDArray
 from pyarrow.fs import FSSpecHandler, LocalFileSystem, PyFileSystem
 
-from features import parts, samples
+from features import parts
 from features.errors import DataError, StoreError
 from features.files import Root
 from features.parquet import META, part_schema, part_table
@@ -80,7 +80,8 @@ def dataset(store: FeatureStore, view: str | None) -> ds.Dataset:
     """The parts of a view, as they are: ``sha256`` and ``embedding``, nothing read yet.
 
     Embeddings of images that are not listed are among them, and of an image more than one, where two runs met. Join
-    the samples on ``sha256``, and count each only once.
+    the samples on ``sha256``, and count each only once. On an object store, Arrow's threads read through Python files:
+    let none be reading when the interpreter ends; see `features.files.Root.open_native`.
 
     Raises
     ------
@@ -114,7 +115,7 @@ def distinct(store: FeatureStore, view: View) -> ds.Dataset:
 
 
 def listing(store: FeatureStore, number: int | None = None) -> ds.Dataset:
-    """A snapshot of the listing, the newest by default, of which nothing but the schema has been read.
+    """A snapshot of the listing, the newest by default; of one on a local disk only the schema has been read.
 
     Raises
     ------
@@ -122,8 +123,8 @@ def listing(store: FeatureStore, number: int | None = None) -> ds.Dataset:
         If there is no such snapshot, or it is damaged.
     """
     number = store.newest() if number is None else number
-    if number == 0:
-        return ds.dataset(samples.empty())
+    if number == 0 or not store.root.is_local:
+        return ds.dataset(store.snapshot(number).samples)
     try:
         found = _dataset(store.root, [store.snapshot_file(number)])
         meta = json.loads(found.schema.metadata[META])
