@@ -178,6 +178,45 @@ def fill(
     return Filled(views, rows, pending, counts, seconds, readers, ran_on)
 
 
+def fill_as(
+    view: View,
+    source: Source,
+    store: FeatureStore,
+    *,
+    weights: str | None = None,
+    device: str = AUTO,
+    progress: Progress = lambda done, total, busy: None,
+) -> Filled:
+    """Embed what a source has as a view does that may be another store's, and list nothing.
+
+    Parameters
+    ----------
+    view : View
+    source : Source
+    store : FeatureStore
+        Embeddings in it are not computed again, and new ones are added to it.
+    weights : str, optional
+        Where the weight file is now.
+    device : str
+    progress : callable, optional
+
+    Raises
+    ------
+    ViewMismatch
+        If the weights, or the store's view of that name, are not those of the view.
+    """
+    request = view.request
+    if weights:
+        request = replace(Request.parse(request.backbone, weights), layer=request.layer, pooling=request.pooling)
+        request = request.resolved(view.request.precision)
+    same = [name for name, other in store.views().items() if other.fingerprint == view.fingerprint]
+    ahead = look_ahead(source, store, {(same or [view.name])[0]: request}, store.snapshot(), expected=view)
+    filled = fill(source, store, ahead, device=device, progress=progress, expected=view)
+    # What is not listed is in no snapshot, so that none will ever make these files needless.
+    runs.drop(store.root, filled.pending)
+    return filled
+
+
 def _by_model(targets: list[Target]) -> list[list[Target]]:
     """Those that one forward pass serves: they differ in layer and pooling alone."""
     groups: dict[tuple[Request, str], list[Target]] = {}

@@ -9,7 +9,6 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -19,14 +18,14 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from features import parts, runs, samples
+from features import parts, samples
 from features.embedding import Progress
 from features.errors import DataError, Drifted
-from features.fill import fill, look_ahead
+from features.fill import fill_as
 from features.guards import require_samples
 from features.sources import Source
 from features.store import FeatureStore, Snapshot
-from features.views import Request, View
+from features.views import View
 from pipeline import dataset, drift, records
 from pipeline.audit import blamed_on_the_bundle
 from pipeline.bundle import Bundle
@@ -115,16 +114,8 @@ def predict_source(
             passing = FeatureStore.open_or_new(scratch)
             return predict_source(bundle, source, out, store=passing, weights=weights, device=device, watch=watch)
     require_samples(source, Snapshot(0, "", samples.empty(), {}))
-    request = bundle.view.request
-    if weights:
-        request = replace(Request.parse(request.backbone, weights), layer=request.layer, pooling=request.pooling)
-        request = request.resolved(bundle.view.request.precision)
-    name = _name_of(bundle.view, store)
-    ahead = look_ahead(source, store, {name: request}, store.snapshot(), expected=bundle.view)
     with watch("embedding") as progress:
-        filled = fill(source, store, ahead, device=device, progress=progress, expected=bundle.view)
-    # Predictions are not listed, so no snapshot will ever make these files needless.
-    runs.drop(store.root, filled.pending)
+        filled = fill_as(bundle.view, source, store, weights=weights, device=device, progress=progress)
     return _predict(bundle, store, filled.views[0], filled.rows.select(CARRIED), out, watch)
 
 
@@ -167,12 +158,6 @@ def require_alike(found: dict[str, Any] | None, max_drift: float) -> None:
             f"the images can be told from the training set with AUC {found['auc']:.3f}, more than --max-drift "
             f"{max_drift:g}; look at the odd ones, and label some of them"
         )
-
-
-def _name_of(view: View, store: FeatureStore) -> str:
-    """Name of the view in a store that has a bundle's fingerprint, or will have it."""
-    same = [name for name, other in store.views().items() if other.fingerprint == view.fingerprint]
-    return same[0] if same else view.name
 
 
 def _predict(
