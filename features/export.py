@@ -39,10 +39,24 @@ def export(store: FeatureStore, view: View, out: Path, format: Format, wide: boo
     wide : bool
         One column ``embedding_0`` and so on for each dimension, instead of one list.
 
+    Returns
+    -------
+    int
+
     Raises
     ------
     DataError
         If `out` cannot be a file, or a source's own column has the name of one of `wide`.
+
+    Examples
+    --------
+    >>> import pandas as pd
+    >>> from features.store import FeatureStore
+    >>> store = FeatureStore.open("store")
+    >>> export(store, store.pick_view(), Path("images.parquet"), "parquet", wide=False)
+    24
+    >>> len(pd.read_parquet("images.parquet")["embedding"][0])
+    1280
     """
     require_file(out)
     listing = store.snapshot().samples

@@ -74,7 +74,17 @@ class Loaded(NamedTuple):
 
 @dataclass(frozen=True)
 class FeatureStore:
-    """A feature store on a local disk or an object store."""
+    """A feature store on a local disk or an object store.
+
+    Examples
+    --------
+    >>> store = FeatureStore.open("store")
+    >>> ids, embeddings, samples = store.load()
+    >>> embeddings.shape, embeddings.dtype, samples["label"][0]
+    ((24, 1280), dtype('float32'), 'blue')
+    >>> sum(len(embeddings) for ids, embeddings, samples in store.iter_batches())
+    24
+    """
 
     root: Root
 
@@ -124,7 +134,7 @@ class FeatureStore:
     # The listing
 
     def snapshot(self, number: int | None = None) -> Snapshot:
-        """Read one state of the listing, the newest by default."""
+        """Read one state of the listing, the newest by default; StoreError if it is not there, or damaged."""
         number = self.newest() if number is None else number
         if number == 0:
             return Snapshot(0, "", samples.empty(), {})

@@ -51,6 +51,11 @@ class Request:
         is made for and the backbone bears.
     pooling : str
         How a layer's places or tokens become one vector; the penultimate layer is pooled by the model itself.
+
+    Examples
+    --------
+    >>> Request("resnet18", "IMAGENET1K_V1", layer="layer3", pooling="gem").view_name
+    'resnet18-IMAGENET1K_V1-layer3-gem'
     """
 
     backbone: str
@@ -71,10 +76,32 @@ class Request:
     ) -> Request:
         """Resolve the options of the command line.
 
+        Parameters
+        ----------
+        backbone : str
+            A torchvision classification model by its own name, or ``tiny``.
+        weights : str, optional
+            A member of the model's weights enum, ``untrained``, or a state-dict file; ``IMAGENET1K_V1`` by default,
+            or what comes with the package.
+        layer : str, optional
+            A graph node; by default the penultimate layer.
+        precision : str
+            ``fp32``, ``bf16``, ``fp16`` or ``auto``.
+        pooling : str, optional
+            ``avg``, ``max``, ``gem``, ``cls`` or ``flatten``; for layers other than the penultimate.
+
         Raises
         ------
         BackboneError
             For an unknown precision or pooling, and a weight file that is not there.
+
+        Examples
+        --------
+        >>> Request.parse("resnet50").view_name
+        'resnet50-IMAGENET1K_V1-penultimate'
+        >>> Request.parse("resnet50", precision="double")
+        Traceback (most recent call last):
+        features.errors.BackboneError: precision 'double' is unknown; use auto, fp32, bf16, fp16
         """
         for what, value, known in (("precision", precision, PRECISIONS), ("pooling", pooling or "avg", POOLINGS)):
             if value not in known:

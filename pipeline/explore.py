@@ -77,6 +77,12 @@ def explore(
     ------
     DataError
         If nothing is chosen, there are fewer images than clusters, or `out` holds anything else.
+
+    Examples
+    --------
+    >>> facts = explore(FeatureStore.open("store"), Path("look"), clusters=3)
+    >>> facts["samples"], facts["clusters"]
+    (24, [8, 8, 8])
     """
     require_free(out)
     chosen, snapshot = store.pick_view(view), store.snapshot()
@@ -139,6 +145,18 @@ def clustered(X: Matrix, count: int | None = None) -> tuple[NDArray[np.int64], N
         int64, shape (samples,): from 0, the largest cluster first.
     distance : numpy.ndarray
         float64, shape (samples,): to the centre.
+
+    Raises
+    ------
+    DataError
+        If there are fewer samples than `count`.
+
+    Examples
+    --------
+    >>> X = np.repeat(np.eye(2, dtype=np.float32), [3, 2], axis=0)
+    >>> label, distance = clustered(X, 2)
+    >>> label.tolist()
+    [0, 0, 0, 1, 1]
     """
     if count is not None and count > len(X):
         raise DataError(f"{len(X)} images cannot make {count} clusters; use fewer --clusters")

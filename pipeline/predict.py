@@ -69,6 +69,15 @@ def predict_store(bundle: Bundle, store: FeatureStore, out: Path, *, watch: Watc
     ------
     ViewMismatch
         If the store has no view of the bundle's fingerprint.
+
+    Examples
+    --------
+    >>> from pipeline import bundle
+    >>> found = predict_store(bundle.load(Path("bundle")), FeatureStore.open("store"), Path("predictions.parquet"))
+    >>> found["samples"], found["predicted"], found["failed"]
+    (24, 24, 0)
+    >>> pq.read_table("predictions.parquet", columns=["id", "prediction"]).to_pylist()[0]
+    {'id': 'test/blue/20.png', 'prediction': 'blue'}
     """
     view = dataset.matching_view(store, bundle.view)
     return _predict(bundle, store, view, store.snapshot().samples.select(CARRIED), out, watch)
@@ -108,6 +117,15 @@ def predict_source(
     ------
     ViewMismatch
         If the weights, or the store's view of that name, are not those of the bundle.
+
+    Examples
+    --------
+    >>> from features.sources import list_source
+    >>> from pipeline import bundle
+    >>> trained = bundle.load(Path("bundle"))
+    >>> found = predict_source(trained, list_source("photos/test"), Path("predictions.parquet"))
+    >>> found["samples"], found["predicted"]
+    (6, 6)
     """
     if store is None:
         with tempfile.TemporaryDirectory(prefix="permafrost-") as scratch:
@@ -134,7 +152,22 @@ def require_writable(out: Path) -> None:
 
 
 def in_words(found: dict[str, Any]) -> str:
-    """What a comparison with the training set means."""
+    """What a comparison with the training set means.
+
+    Parameters
+    ----------
+    found : dict
+        See `pipeline.drift.compare`.
+
+    Returns
+    -------
+    str
+
+    Examples
+    --------
+    >>> in_words({"auc": 0.52, "p_value": 0.4, "rows": 50})
+    'as a whole they cannot be told from the training set (p 0.400)'
+    """
     if found["p_value"] >= SIGNIFICANT:
         return f"as a whole they cannot be told from the training set (p {found['p_value']:.3f})"
     told = f"AUC {found['auc']:.3f}, p {found['p_value']:.3f}"
@@ -144,12 +177,26 @@ def in_words(found: dict[str, Any]) -> str:
 def require_alike(found: dict[str, Any] | None, max_drift: float) -> None:
     """Check that a batch cannot be told from the training set better than by some AUC, chance aside.
 
+    Parameters
+    ----------
+    found : dict or None
+        See `pipeline.drift.compare`.
+    max_drift : float
+        An AUC, from 0.5 to 1.
+
     Raises
     ------
     DataError
         If the bundle has no reference embeddings.
     Drifted
         If it can.
+
+    Examples
+    --------
+    >>> require_alike({"auc": 0.6, "p_value": 0.01, "rows": 50}, max_drift=0.7)
+    >>> require_alike({"auc": 0.9, "p_value": 0.01, "rows": 50}, max_drift=0.7)
+    Traceback (most recent call last):
+    features.errors.Drifted: the images can be told from the training set with AUC 0.900, ...
     """
     if found is None:
         raise DataError("--max-drift needs a bundle with reference embeddings, and two images; train it again")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 
 import numpy as np
@@ -92,6 +93,11 @@ def label_errors(
     log : bool
         Whether residuals are those of logarithms.
     """
+    with warnings.catch_warnings():
+        # Of tqdm, in notebooks without widgets; no bar is shown.
+        warnings.filterwarnings("ignore", "IProgress not found")
+        import cleanlab  # noqa: F401
+
     of = samples.iloc[rows]
     table = pd.DataFrame({"target": target, "source": of["source"], "id": of["id"], "uri": of["uri"]}).set_index(rows)
     if found.classes is None:

@@ -108,6 +108,16 @@ def train(
     ------
     DataError
         If the store does not carry what training needs.
+
+    Examples
+    --------
+    >>> store = FeatureStore.open("store")
+    >>> facts = train(store, "label", Path("trained"), selection=Selection(split="split"), folds=3)
+    >>> (target,) = facts["targets"]
+    >>> target["head"], target["classes"], target["rows"]["train"], target["rows"]["test"]
+    ('logreg', ['blue', 'green', 'red'], 18, 6)
+    >>> sorted(target["cross_validation"]["head"]["accuracy"])
+    ['folds', 'high', 'low', 'value']
     """
     bundle.require_free(out)
     names = [target] if isinstance(target, str) else target

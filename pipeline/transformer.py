@@ -82,10 +82,13 @@ class BackboneTransformer(TransformerMixin, BaseEstimator):  # type: ignore[misc
 
     Examples
     --------
+    >>> import pandas as pd
     >>> from sklearn.linear_model import LogisticRegression
     >>> from sklearn.pipeline import make_pipeline
-    >>> model = make_pipeline(BackboneTransformer("tiny", store="store"), LogisticRegression())
-    >>> model.fit(paths, labels).predict(["new.jpg"])  # doctest: +SKIP
+    >>> table = pd.read_csv("photos.csv")
+    >>> model = make_pipeline(BackboneTransformer("tiny", store="new"), LogisticRegression())
+    >>> model.fit("photos/" + table["file"], table["label"]).predict(["photos/test/blue/20.png"])
+    array(['blue'], dtype=object)
     """
 
     def __init__(
