@@ -79,9 +79,11 @@ class FeatureStore:
     Examples
     --------
     >>> store = FeatureStore.open("store")
+    >>> FeatureStore.is_store("store"), FeatureStore.open_or_new("new").views(), store.snapshot().number
+    (True, {}, 1)
     >>> ids, embeddings, samples = store.load()
-    >>> embeddings.shape, embeddings.dtype, samples["label"][0]
-    ((24, 1280), dtype('float32'), 'blue')
+    >>> embeddings.shape, samples["label"][0], store.pick_view().dim
+    ((24, 1280), 'blue', 1280)
     >>> sum(len(embeddings) for ids, embeddings, samples in store.iter_batches())
     24
     """
