@@ -39,7 +39,7 @@ def scores(facts: dict[str, Any]) -> dict[str, Any]:
             marks=pytest.mark.slow,
         ),
         ["--folds", "2", "--head", "logreg", "--tune", "--calibrate", "--split-near-duplicates"],
-        ["--folds", "3", "--controls", "--head", "random_forest", "--no-images"],
+        pytest.param(["--folds", "3", "--controls", "--head", "random_forest", "--no-images"], marks=pytest.mark.slow),
         ["--folds", "2", "--labels", "labels.csv", "--on", "id", "--log", "--target", "sum", "--max-unmatched", "5"],
     ],
     ids=lambda asked: " ".join(asked[2:4]),

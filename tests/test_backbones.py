@@ -62,7 +62,9 @@ def cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.asarray((a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1))
 
 
-@pytest.mark.parametrize("name", REFERENCE)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in LARGE else name for name in REFERENCE]
+)
 def test_stored_embeddings_are_those_of_the_eager_model(name: str, tmp_path: Path, real_weights: Path | None) -> None:
     if real_weights:
         files = sorted((real_weights / "hymenoptera/val/ants").glob("*.jpg"))[:6]

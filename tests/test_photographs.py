@@ -16,6 +16,7 @@ from conftest import answer
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
+@pytest.mark.slow
 def test_ants_and_bees(permafrost: Run, testdata: Path, tmp_path: Path) -> None:
     photographs, weights = testdata / "hymenoptera", testdata / "weights/mobilenet_v2-imagenet.pth"
     store, bundle, out = tmp_path / "store", tmp_path / "bundle", tmp_path / "p.parquet"
