@@ -180,13 +180,14 @@ def ladder(rows: Sequence[tuple[str, dict[str, Any]]], metric: str) -> Figure | 
     rows = [(name, score) for name, score in rows if score["value"] is not None]
     if not rows:
         return None
-    figure, axes = _axes(5.2, 0.8 + 0.28 * len(rows))
+    names = [_short(name, 60) for name, _ in rows]
+    figure, axes = _axes(3.8 + 0.06 * max(map(len, names)), 0.8 + 0.28 * len(rows))
     for place, (_, score) in enumerate(rows):
         colour = BLUE if place == 0 else GREY
         if score["low"] is not None:
             axes.plot([score["low"], score["high"]], [place, place], color=colour, lw=3, alpha=0.5)
         axes.plot(score["value"], place, "o", color=colour, ms=6)
-    axes.set_yticks(range(len(rows)), [_short(name, 60) for name, _ in rows], size=8)
+    axes.set_yticks(range(len(rows)), names, size=8)
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.grid(axis="y", visible=False)
     axes.set(xlabel=metric)
