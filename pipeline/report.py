@@ -91,7 +91,10 @@ def notes(facts: dict[str, Any]) -> list[str]:
         said.append(f"All {len(facts['targets'])} labels together: {NAMES[metric]} {_cell(score)}.")
     found = facts["problems"]
     if found["label_errors"]:
-        said.append(f"{found['label_errors']:,} labels look mistaken; label_errors.parquet lists them.")
+        said.append(
+            f"{found['label_errors']:,} labels are doubted by heads fitted without them; label_errors.parquet lists "
+            "them. The weaker the head, the more of these are its own mistakes."
+        )
     if found["outliers"]:
         said.append(f"{found['outliers']:,} images lie far from all others; outliers.parquet lists them.")
     if not facts["snapshot"]["pinned"]:
