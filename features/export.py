@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,12 +39,26 @@ def export(store: FeatureStore, view: View, out: Path, format: Format, wide: boo
     wide : bool
         One column ``embedding_0`` and so on for each dimension, instead of one list.
 
+    Returns
+    -------
+    int
+
     Raises
     ------
     DataError
         If `out` cannot be a file, or a source's own column has the name of one of `wide`.
+
+    Examples
+    --------
+    >>> import pandas as pd
+    >>> from features.store import FeatureStore
+    >>> store = FeatureStore.open("store")
+    >>> export(store, store.pick_view(), Path("images.parquet"), "parquet", wide=False)
+    24
+    >>> len(pd.read_parquet("images.parquet")["embedding"][0])
+    1280
     """
-    _require_file(out)
+    require_file(out)
     listing = store.snapshot().samples
     names = [f"embedding_{place}" for place in range(view.dim)] if wide else ["embedding"]
     clash = {name.lower() for name in names} & {name.lower(): name for name in samples.own_columns(listing)}.keys()
@@ -52,21 +67,45 @@ def export(store: FeatureStore, view: View, out: Path, format: Format, wide: boo
     types = [pa.float32()] * view.dim if wide else [pa.list_(pa.float32(), view.dim)]
     fields = [listing.schema.field(name) for name in listing.column_names]
     schema = pa.schema([*fields, *(pa.field(name, kind) for name, kind in zip(names, types, strict=True))])
-    aside = out.absolute().with_name(f".{out.name}.tmp")
-    try:
-        # Never a Python file; see `features.files.Root.open_native`.
-        with pa.OSFile(str(aside), "wb") as sink, _writer(sink, schema, format, listing.column_names) as writer:
-            for rows, vectors in _joined(store, view, listing):
-                columns = listing.take(pa.array(rows)).columns + _columns(vectors, len(rows), types)
-                table = pa.table(columns, schema=schema)
-                writer.write(_flat(table) if format == "csv" else table)
-        aside.replace(out)
-    finally:
-        aside.unlink(missing_ok=True)
+    with whole_table(out, schema, format, listing.column_names) as write:
+        for rows, vectors in _joined(store, view, listing):
+            columns = listing.take(pa.array(rows)).columns + _columns(vectors, len(rows), types)
+            write(pa.table(columns, schema=schema))
     return len(listing)
 
 
-def _require_file(out: Path) -> None:
+@contextmanager
+def whole_table(
+    out: Path, schema: pa.Schema, format: Format, repeated: list[str]
+) -> Iterator[Callable[[pa.Table], None]]:
+    """A file that is there once all of its rows are, and not at all if an error comes before; yields what adds rows.
+
+    Parameters
+    ----------
+    out : pathlib.Path
+    schema : pyarrow.Schema
+    format : str
+    repeated : list of str
+        Columns whose values may repeat themselves, for which Parquet keeps dictionaries.
+    """
+    aside = out.absolute().with_name(f".{out.name}.tmp")
+    try:
+        # Never a Python file; see `features.files.Root.open_native`.
+        with pa.OSFile(str(aside), "wb") as sink, _writer(sink, schema, format, repeated) as writer:
+            yield lambda table: writer.write(_flat(table) if format == "csv" else table)
+        aside.replace(out)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def require_file(out: Path) -> None:
+    """Check, before the work, that a file may be written there.
+
+    Raises
+    ------
+    DataError
+        If its folder is not there, or it is one.
+    """
     if not out.absolute().parent.is_dir():
         raise DataError(f"folder {out.absolute().parent} is not there; make it first, or write elsewhere")
     if out.is_dir():

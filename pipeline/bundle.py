@@ -131,11 +131,28 @@ def save(
 def load(path: Path) -> Bundle:
     """Read a bundle, checking what it is before anything in it is built, and what was built before it predicts.
 
+    Parameters
+    ----------
+    path : pathlib.Path
+
+    Returns
+    -------
+    Bundle
+
     Raises
     ------
     BundleError
         If it is no bundle, of a newer format, changed, its head holds a type that is not in `pipeline.audit.TYPES`, or
         its parts do not fit each other.
+
+    Examples
+    --------
+    >>> bundle = load(Path("bundle"))
+    >>> list(bundle.heads), bundle.view.dim
+    (['label'], 1280)
+    >>> load(Path("photos"))
+    Traceback (most recent call last):
+    features.errors.BundleError: photos is not a bundle (it has no bundle.json); `permafrost train` makes one
     """
     import skops.io
 

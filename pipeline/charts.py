@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -33,7 +34,9 @@ Axes = Any
 
 def svg(figure: Figure) -> str:
     """A figure as an SVG element whose text stays text."""
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "permafrost"}):
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "permafrost"}), warnings.catch_warnings():
+        # The page has a font for every script, whatever matplotlib's own lacks.
+        warnings.filterwarnings("ignore", "Glyph")
         figure.savefig(
             drawn := io.StringIO(),
             format="svg",
@@ -184,7 +187,7 @@ def ladder(rows: Sequence[tuple[str, dict[str, Any]]], metric: str) -> Figure | 
             axes.plot([score["low"], score["high"]], [place, place], color=colour, lw=3, alpha=0.5)
         axes.plot(score["value"], place, "o", color=colour, ms=6)
     axes.set_yticks(range(len(rows)), [_short(name, 60) for name, _ in rows], size=8)
-    axes.invert_yaxis()
+    axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.grid(axis="y", visible=False)
     axes.set(xlabel=metric)
     return figure

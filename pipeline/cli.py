@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from features.errors import PermafrostError, redacted
-from pipeline import cli_heads, cli_store
+from pipeline import cli_heads, cli_query, cli_store
 from pipeline.cli_heads import print_scores
 from pipeline.cli_store import JsonOption
 from pipeline.console import say_result
@@ -29,6 +29,7 @@ app = typer.Typer(
 
 app.add_typer(cli_heads.commands)
 app.add_typer(cli_store.commands)
+app.add_typer(cli_query.commands)
 
 CLIENTS = ("botocore", "aiobotocore", "aiohttp", "gcsfs", "google")
 """Libraries whose errors tell of the network, and are no OSError."""
@@ -267,6 +268,8 @@ def main() -> None:
             code, told = 1, f"the object store does not answer ({error}); check its endpoint and the credentials"
         else:
             raise
+    if code == 130 and not told:
+        told = "interrupted; what was finished before is as it was"
     if told:
         console_line = " ".join(redacted(told).split())
         print(f"permafrost: {console_line}", file=sys.stderr)

@@ -168,6 +168,8 @@ def compare(
     from pipeline.dataset import Selection
 
     chosen = Selection(where, test_where, split, groups, time, labels, on, max_unmatched, not split_near_duplicates)
+    if html:
+        page.require_writable(html)
     with console.progress("folds") as progress:
         facts = compare(
             FeatureStore.open(store),
@@ -182,12 +184,12 @@ def compare(
             log=log,
             progress=progress,
         )
-    if html:
-        html.write_text(page.of_comparison(facts))
     if as_json:
         say_result(facts, as_json, "")
     else:
         _print_leaderboard(facts)
+    if html:
+        page.write(html, page.of_comparison(facts))
 
 
 def print_scores(facts: dict[str, Any], out: Path) -> None:

@@ -52,6 +52,15 @@ class Selection:
     on, max_unmatched : str
     near_duplicates : bool
         Whether near duplicates must share a fold.
+
+    Examples
+    --------
+    >>> from pathlib import Path
+    >>> from pipeline.train import train
+    >>> some = Selection(where="label != 'red'", test_where="split = 'test'")
+    >>> facts = train(FeatureStore.open("store"), "label", Path("trained"), selection=some, folds=2)
+    >>> facts["rows"]["train"], facts["rows"]["test"]
+    (12, 6)
     """
 
     where: str | None = None

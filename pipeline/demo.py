@@ -27,6 +27,19 @@ def write_digits(folder: Path) -> int:
     """Write scikit-learn's 1,797 handwritten digits as ``<split>/<digit>/<number>.png``; returns how many.
 
     The data set has no split of its own by writer; every fifth digit goes to the test.
+
+    Parameters
+    ----------
+    folder : pathlib.Path
+
+    Returns
+    -------
+    int
+
+    Examples
+    --------
+    >>> write_digits(Path("digits"))
+    1797
     """
     digits = load_digits()
     for number, (image, label) in enumerate(zip(digits.images, digits.target, strict=True)):

@@ -79,6 +79,14 @@ def near_duplicates(X: Matrix) -> tuple[Rows, Pairs]:
         int64, shape (samples,): equal numbers for the rows of one group, counted from 0 by first appearance.
     pairs : Pairs
         The most similar first, `MOST_PAIRS` at most.
+
+    Examples
+    --------
+    >>> X = np.random.default_rng(0).normal(size=(60, 30)).astype(np.float32)
+    >>> X[7] = X[3]
+    >>> groups, pairs = near_duplicates(X)
+    >>> int(groups[7] == groups[3]), list(zip(pairs.first.tolist(), pairs.second.tolist()))
+    (1, [(3, 7)])
     """
     if len(X) < 2:
         return np.zeros(len(X), np.int64), Pairs.none()

@@ -31,7 +31,7 @@ MOST_FITTED = 10_000
 MOST_JUDGED = 1_000
 REPRESENTATIVES = 7
 MIRRORED = 0.985
-"""Cosine of the pixels of one image and another one's mirror image: more in all of 420 re-encoded, resized and mirrored
+"""Cosine of the pixels of one image and another one's mirror image: more in 99% of 420 re-encoded, resized and mirrored
 photographs, in none of 9 million pairs of unlike ones."""
 FILES = ("report.html", "report.json", "clusters.parquet", "outliers.parquet", "near_duplicates.parquet")
 
@@ -77,6 +77,12 @@ def explore(
     ------
     DataError
         If nothing is chosen, there are fewer images than clusters, or `out` holds anything else.
+
+    Examples
+    --------
+    >>> facts = explore(FeatureStore.open("store"), Path("look"), clusters=3)
+    >>> facts["samples"], facts["clusters"]
+    (24, [8, 8, 8])
     """
     require_free(out)
     chosen, snapshot = store.pick_view(view), store.snapshot()
@@ -98,7 +104,7 @@ def explore(
         groups.append([("", [int(row)]) for row in nearest])
     facts = {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "store": store.root.path,
+        "store": store.root.url,
         "view": chosen.name,
         "snapshot": {"number": snapshot.number, "digest": snapshot.digest},
         "samples": len(samples),
@@ -108,10 +114,9 @@ def explore(
         "near_duplicates": len(pairs),
         "copies": data.groups.copies,
     }
-    wanted = (
-        galleries.shown([*groups, galleries.pairs_of(pairs), galleries.odd_ones(odd)], drawn) if with_images else set()
-    )
-    html = page.of_store(facts, samples, groups, pairs, odd, drawn, named, thumbnails.read(samples, wanted, progress))
+    shown = galleries.shown([*groups, galleries.pairs_of(pairs), galleries.odd_ones(odd)], drawn)
+    pictures = thumbnails.read(samples, shown, progress) if with_images else None
+    html = page.of_store(facts, samples, groups, pairs, odd, drawn, named, pictures)
     table = samples[["source", "id", "uri"]].assign(cluster=label + 1, distance=distance)
     files = {
         "report.html": html.encode(),
@@ -140,6 +145,18 @@ def clustered(X: Matrix, count: int | None = None) -> tuple[NDArray[np.int64], N
         int64, shape (samples,): from 0, the largest cluster first.
     distance : numpy.ndarray
         float64, shape (samples,): to the centre.
+
+    Raises
+    ------
+    DataError
+        If there are fewer samples than `count`.
+
+    Examples
+    --------
+    >>> X = np.repeat(np.eye(2, dtype=np.float32), [3, 2], axis=0)
+    >>> label, distance = clustered(X, 2)
+    >>> label.tolist()
+    [0, 0, 0, 1, 1]
     """
     if count is not None and count > len(X):
         raise DataError(f"{len(X)} images cannot make {count} clusters; use fewer --clusters")
@@ -223,9 +240,9 @@ def _silhouette(main: NDArray[Any], label: NDArray[Any]) -> float:
 
 
 def _write(out: Path, files: dict[str, bytes]) -> None:
-    out.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch:
         for name, content in files.items():
             Path(scratch, name).write_bytes(content)
+        out.mkdir(exist_ok=True)
         for name in files:
             Path(scratch, name).replace(out / name)

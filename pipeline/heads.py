@@ -118,6 +118,14 @@ def make(name: str, task: Task, *, balanced: bool = False, log: bool = False) ->
     ------
     DataError
         If there is no such head, or none for this task, or it knows no class weights.
+
+    Examples
+    --------
+    >>> make("ridge", "regression", log=True)["head"].regressor
+    Ridge...
+    >>> make("ridge", "regression", balanced=True)
+    Traceback (most recent call last):
+    features.errors.DataError: head 'ridge' knows no class weights; use another --head, or leave out --balanced
     """
     fitting = names_for(task)
     if name not in HEADS:
@@ -138,7 +146,22 @@ def make(name: str, task: Task, *, balanced: bool = False, log: bool = False) ->
 
 
 def names_for(task: Task) -> list[str]:
-    """Heads that fit a task, the simplest first."""
+    """Heads that fit a task, the simplest first.
+
+    Parameters
+    ----------
+    task : str
+        ``binary``, ``multiclass`` or ``regression``.
+
+    Returns
+    -------
+    list of str
+
+    Examples
+    --------
+    >>> names_for("regression")[0]
+    'ridge'
+    """
     return [name for name, factories in HEADS.items() if kind(task) in factories]
 
 

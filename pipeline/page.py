@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jinja2
@@ -13,8 +15,10 @@ import pandas as pd
 from markupsafe import Markup
 from numpy.typing import NDArray
 
+from features.errors import DataError
 from pipeline import charts, galleries, report, thumbnails
 from pipeline.atlas import Atlas
+from pipeline.duplicates import MOST_PAIRS
 from pipeline.metrics import Predictions
 from pipeline.problems import Problems
 from pipeline.thumbnails import Thumbnails
@@ -28,6 +32,30 @@ MOST_IN_CARD = 30
 GREY = len(charts.COLOURS)
 
 Rows = NDArray[np.int64]
+
+
+def require_writable(out: Path) -> None:
+    """Check, before the work, that a page may be written there.
+
+    Raises
+    ------
+    DataError
+        If it is a directory, or its folder is not there.
+    """
+    if out.is_dir():
+        raise DataError(f"{out} is a directory; name a file with --html")
+    if not out.parent.is_dir():
+        raise DataError(f"folder {out.parent} for --html is not there; make it first")
+
+
+def write(out: Path, html: str) -> None:
+    """Write a page, whole or not at all."""
+    aside = out.with_name(f".{out.name}.tmp")
+    try:
+        aside.write_text(html, encoding="utf-8")
+        aside.replace(out)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def render(template: str, **known: Any) -> str:
@@ -49,7 +77,7 @@ def of_training(
     found: dict[str, tuple[Rows, Predictions]],
     problems: Problems,
     atlas: Atlas,
-    pictures: Thumbnails,
+    pictures: Thumbnails | None,
 ) -> dict[str, bytes]:
     """Write what training found.
 
@@ -62,8 +90,8 @@ def of_training(
         Of each target the places of the held-out samples, and what was said of them.
     problems : Problems
     atlas : Atlas
-    pictures : dict of int to PIL.Image.Image
-        By place; what is missing is drawn as a gap.
+    pictures : dict of int to PIL.Image.Image, optional
+        By place; what is missing is drawn as a gap. Without any the page shows none.
 
     Returns
     -------
@@ -73,7 +101,7 @@ def of_training(
     listed, errors = galleries.of_training(samples, found, problems), problems.label_errors
     targets = []
     for number, target in enumerate(facts["targets"]):
-        said = found[target["name"]][1]
+        said, drawn = found[target["name"]][1], number < MOST_TARGETS
         mine = errors[errors["target"] == target["name"]] if len(errors) else errors
         classes = report.class_rows(target)
         targets.append(
@@ -85,11 +113,13 @@ def of_training(
                 "rows": report.score_rows(facts, target),
                 "findings": report.findings(target),
                 "curve": report.curve(target),
-                "charts": _charts(target, said) if number < MOST_TARGETS else [],
+                "charts": _charts(target, said) if drawn else [],
                 "classes": classes,
                 "worst": classes[:MOST_IN_CARD],
-                "mistakes": galleries.filled(listed[f"mistakes {target['name']}"], samples, pictures),
-                "errors": galleries.filled(listed[f"errors {target['name']}"], samples, pictures),
+                "doubted_by": target["doubted_by"],
+                "quantity": target["task"] == "regression",
+                "mistakes": galleries.filled(listed[f"mistakes {target['name']}"], samples, pictures) if drawn else [],
+                "errors": galleries.filled(listed[f"errors {target['name']}"], samples, pictures) if drawn else [],
                 "error_count": int(mine["likely_error"].sum()) if len(mine) else 0,
             }
         )
@@ -105,11 +135,13 @@ def of_training(
         "made": report.made(facts),
         "map": chart_of(atlas, samples, pictures, *_told(found, len(samples))),
         "pairs": galleries.filled(listed["pairs"], samples, pictures),
-        "pair_count": counts["near_duplicates"],
+        "pair_count": f"{counts['near_duplicates']:,}{' or more' if counts['near_duplicates'] >= MOST_PAIRS else ''}",
+        "looked_for_pairs": facts["settings"]["near_duplicates"],
+        "with_images": pictures is not None,
         "outliers": galleries.filled(listed["outliers"], samples, pictures),
         "outlier_count": counts["outliers"],
     }
-    told = facts | {name: known[name] for name in ("verdict", "notes", "command")} | {"problems": _listed(problems)}
+    told = facts | {name: known[name] for name in ("verdict", "notes", "command")} | {"listed": _listed(problems)}
     told["findings"] = {target["name"]: target["findings"] for target in targets}
     told["confused"] = {name: confused(said) for name, (_, said) in found.items() if said.classes is not None}
     return {
@@ -137,7 +169,7 @@ def of_store(
     odd: pd.DataFrame,
     atlas: Atlas,
     names: NDArray[Any],
-    pictures: Thumbnails,
+    pictures: Thumbnails | None,
 ) -> str:
     """Draw what a look at a store found, as a page; `names` tells each sample's cluster."""
     return render(
@@ -150,12 +182,13 @@ def of_store(
         ],
         pairs=galleries.filled(galleries.pairs_of(pairs), samples, pictures),
         outliers=galleries.filled(galleries.odd_ones(odd), samples, pictures),
+        with_images=pictures is not None,
         map=chart_of(atlas, samples, pictures, names.tolist(), names),
     )
 
 
 def chart_of(
-    atlas: Atlas, samples: pd.DataFrame, pictures: Thumbnails, told: Sequence[str], values: NDArray[Any] | None
+    atlas: Atlas, samples: pd.DataFrame, pictures: Thumbnails | None, told: Sequence[str], values: NDArray[Any] | None
 ) -> dict[str, Any]:
     """The map: points with their colours, what is told of each, and the sheet of their pictures.
 
@@ -164,7 +197,7 @@ def chart_of(
     told : sequence of str
         Of every sample.
     values : numpy.ndarray or None
-        What colours them, of every sample: labels as strings ("" for none), or floats.
+        What colours them, of every sample: labels as strings (None for none), or floats.
     """
     colours, key = _colours(values, atlas.rows)
     points = [
@@ -175,7 +208,7 @@ def chart_of(
         "points": points,
         "key": key,
         "told": [f"{samples['id'].iloc[row]}{told[row] and ': '}{told[row]}" for row in atlas.rows],
-        "sheet": thumbnails.sheet([pictures.get(row) for row in atlas.rows.tolist()]),
+        "sheet": None if pictures is None else thumbnails.sheet([pictures.get(row) for row in atlas.rows.tolist()]),
     }
 
 
@@ -202,7 +235,7 @@ def _charts(target: dict[str, Any], said: Predictions) -> list[dict[str, Any]]:
         drawn.append(("Precision-recall curves.", charts.precision_recall(said)))
         drawn.append(("Classes by recall.", charts.recalls(said)))
         caption = (
-            "Reliability: points above the line are surer than the head says. Larger points stand for more samples."
+            "Reliability: below the line the head is surer than it is right. Larger points stand for more samples."
         )
         drawn.append((caption, charts.reliability(target["reliability"])))
     drawn.append(("Learning curve.", charts.learning_curve(target["learning_curve"], metric)))
@@ -220,7 +253,7 @@ def _told(found: dict[str, tuple[Rows, Predictions]], count: int) -> tuple[list[
         of = said.classes
         y = said.y if of is None else of[said.y].astype(str)
         if values is None:
-            values = np.full(count, np.nan) if of is None else np.full(count, "", dtype=object)
+            values = np.full(count, np.nan) if of is None else np.full(count, None, dtype=object)
             values[rows] = y
         predicted = said.predicted if of is None else of[said.predicted]
         for row, truth, other in zip(rows.tolist(), y, predicted, strict=True):
@@ -238,17 +271,20 @@ def _colours(values: NDArray[Any] | None, rows: Rows) -> tuple[list[int], list[t
     if values is None:
         return [0] * len(rows), []
     if values.dtype == object:
-        names, counts = np.unique(values[rows][values[rows] != ""].astype(str), return_counts=True)
-        kept = names[np.argsort(-counts, kind="stable")][: len(charts.COLOURS)].tolist()
+        names, counts = np.unique([name for name in values[rows] if name is not None], return_counts=True)
+        kept = sorted(names[np.argsort(-counts, kind="stable")][: len(charts.COLOURS)].tolist(), key=_as_people_count)
         place = {name: number for number, name in enumerate(kept)}
-        key = [*place.items(), *([("others", GREY)] if len(names) > len(kept) else [])]
-        return [place.get(str(values[row]), GREY) for row in rows], key
+        key = [(galleries.cell(name), number) for name, number in place.items()]
+        if len(names) > len(kept) or any(name is None for name in values[rows]):
+            key.append(("others, or not scored", GREY))
+        return [place.get(values[row], GREY) for row in rows], key
     there = values[rows][np.isfinite(values[rows])]
     ends = np.unique(np.quantile(there, (0, 0.25, 0.5, 0.75, 1))) if len(there) else there
     steps = [f"{galleries.cell(low)} to {galleries.cell(high)}" for low, high in itertools.pairwise(ends)]
     number = np.clip(np.searchsorted(ends, values[rows], side="right") - 1, 0, max(len(steps) - 1, 0))
     number = np.where(np.isnan(values[rows]), GREY, number + GREY + 1)
-    return number.tolist(), [(name, GREY + 1 + place) for place, name in enumerate(steps)]
+    key = [(name, GREY + 1 + place) for place, name in enumerate(steps)]
+    return number.tolist(), [*key, *([("not scored", GREY)] if len(there) < len(rows) else [])]
 
 
 def _listed(problems: Problems) -> dict[str, Any]:
@@ -259,3 +295,8 @@ def _listed(problems: Problems) -> dict[str, Any]:
         "near_duplicates": problems.near_duplicates.drop(columns=["first", "second"]),
     }
     return {name: json.loads(table.head(MOST_LISTED).to_json(orient="records")) for name, table in tables.items()}
+
+
+def _as_people_count(name: str) -> list[Any]:
+    """A key by which "cluster 10" comes after "cluster 9"."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]

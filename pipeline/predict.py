@@ -9,7 +9,6 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -19,14 +18,14 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from features import parts, runs, samples
+from features import parts, samples
 from features.embedding import Progress
 from features.errors import DataError, Drifted
-from features.fill import fill, look_ahead
+from features.fill import fill_as
 from features.guards import require_samples
 from features.sources import Source
 from features.store import FeatureStore, Snapshot
-from features.views import Request, View
+from features.views import View
 from pipeline import dataset, drift, records
 from pipeline.audit import blamed_on_the_bundle
 from pipeline.bundle import Bundle
@@ -70,6 +69,15 @@ def predict_store(bundle: Bundle, store: FeatureStore, out: Path, *, watch: Watc
     ------
     ViewMismatch
         If the store has no view of the bundle's fingerprint.
+
+    Examples
+    --------
+    >>> from pipeline import bundle
+    >>> found = predict_store(bundle.load(Path("bundle")), FeatureStore.open("store"), Path("predictions.parquet"))
+    >>> found["samples"], found["predicted"], found["failed"]
+    (24, 24, 0)
+    >>> pq.read_table("predictions.parquet", columns=["id", "prediction"]).to_pylist()[0]
+    {'id': 'test/blue/20.png', 'prediction': 'blue'}
     """
     view = dataset.matching_view(store, bundle.view)
     return _predict(bundle, store, view, store.snapshot().samples.select(CARRIED), out, watch)
@@ -109,22 +117,23 @@ def predict_source(
     ------
     ViewMismatch
         If the weights, or the store's view of that name, are not those of the bundle.
+
+    Examples
+    --------
+    >>> from features.sources import list_source
+    >>> from pipeline import bundle
+    >>> trained = bundle.load(Path("bundle"))
+    >>> found = predict_source(trained, list_source("photos/test"), Path("predictions.parquet"))
+    >>> found["samples"], found["predicted"]
+    (6, 6)
     """
     if store is None:
         with tempfile.TemporaryDirectory(prefix="permafrost-") as scratch:
             passing = FeatureStore.open_or_new(scratch)
             return predict_source(bundle, source, out, store=passing, weights=weights, device=device, watch=watch)
     require_samples(source, Snapshot(0, "", samples.empty(), {}))
-    request = bundle.view.request
-    if weights:
-        request = replace(Request.parse(request.backbone, weights), layer=request.layer, pooling=request.pooling)
-        request = request.resolved(bundle.view.request.precision)
-    name = _name_of(bundle.view, store)
-    ahead = look_ahead(source, store, {name: request}, store.snapshot(), expected=bundle.view)
     with watch("embedding") as progress:
-        filled = fill(source, store, ahead, device=device, progress=progress, expected=bundle.view)
-    # Predictions are not listed, so no snapshot will ever make these files needless.
-    runs.drop(store.root, filled.pending)
+        filled = fill_as(bundle.view, source, store, weights=weights, device=device, progress=progress)
     return _predict(bundle, store, filled.views[0], filled.rows.select(CARRIED), out, watch)
 
 
@@ -143,7 +152,22 @@ def require_writable(out: Path) -> None:
 
 
 def in_words(found: dict[str, Any]) -> str:
-    """What a comparison with the training set means."""
+    """What a comparison with the training set means.
+
+    Parameters
+    ----------
+    found : dict
+        See `pipeline.drift.compare`.
+
+    Returns
+    -------
+    str
+
+    Examples
+    --------
+    >>> in_words({"auc": 0.52, "p_value": 0.4, "rows": 50})
+    'as a whole they cannot be told from the training set (p 0.400)'
+    """
     if found["p_value"] >= SIGNIFICANT:
         return f"as a whole they cannot be told from the training set (p {found['p_value']:.3f})"
     told = f"AUC {found['auc']:.3f}, p {found['p_value']:.3f}"
@@ -153,12 +177,26 @@ def in_words(found: dict[str, Any]) -> str:
 def require_alike(found: dict[str, Any] | None, max_drift: float) -> None:
     """Check that a batch cannot be told from the training set better than by some AUC, chance aside.
 
+    Parameters
+    ----------
+    found : dict or None
+        See `pipeline.drift.compare`.
+    max_drift : float
+        An AUC, from 0.5 to 1.
+
     Raises
     ------
     DataError
         If the bundle has no reference embeddings.
     Drifted
         If it can.
+
+    Examples
+    --------
+    >>> require_alike({"auc": 0.6, "p_value": 0.01, "rows": 50}, max_drift=0.7)
+    >>> require_alike({"auc": 0.9, "p_value": 0.01, "rows": 50}, max_drift=0.7)
+    Traceback (most recent call last):
+    features.errors.Drifted: the images can be told from the training set with AUC 0.900, ...
     """
     if found is None:
         raise DataError("--max-drift needs a bundle with reference embeddings, and two images; train it again")
@@ -167,12 +205,6 @@ def require_alike(found: dict[str, Any] | None, max_drift: float) -> None:
             f"the images can be told from the training set with AUC {found['auc']:.3f}, more than --max-drift "
             f"{max_drift:g}; look at the odd ones, and label some of them"
         )
-
-
-def _name_of(view: View, store: FeatureStore) -> str:
-    """Name of the view in a store that has a bundle's fingerprint, or will have it."""
-    same = [name for name, other in store.views().items() if other.fingerprint == view.fingerprint]
-    return same[0] if same else view.name
 
 
 def _predict(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 
 import numpy as np
@@ -78,8 +79,8 @@ def label_errors(
 ) -> pd.DataFrame:
     """Rank the labels by how little the heads that were fitted without them believe them.
 
-    For classes confident learning (Northcutt, Jiang and Chuang 2021), for quantities the density of residuals
-    (Zhou et al. 2023); both as cleanlab has them.
+    For classes confident learning (Northcutt, Jiang and Chuang 2021), for quantities the residuals by their robust
+    standard deviation; both as cleanlab scores them.
 
     Parameters
     ----------
@@ -92,19 +93,26 @@ def label_errors(
     log : bool
         Whether residuals are those of logarithms.
     """
+    with warnings.catch_warnings():
+        # Of tqdm, in notebooks without widgets; no bar is shown.
+        warnings.filterwarnings("ignore", "IProgress not found")
+        import cleanlab  # noqa: F401
+
     of = samples.iloc[rows]
     table = pd.DataFrame({"target": target, "source": of["source"], "id": of["id"], "uri": of["uri"]}).set_index(rows)
     if found.classes is None:
         y, predicted = (np.log(values) if log else values for values in (found.y, found.predicted))
-        table["label"], table["predicted"] = ([f"{value:.6g}" for value in each] for each in (found.y, found.predicted))
+        table["label"], table["predicted"] = (list(map(in_digits, each)) for each in (found.y, found.predicted))
         table["error"] = found.predicted - found.y
         table["quality"], table["likely_error"] = _quality_of_quantities(y, predicted)
-    else:
-        assert found.shares is not None
-        table["label"] = pd.Series(found.classes[found.y], table.index).astype(str)
-        table["predicted"] = pd.Series(found.classes[found.predicted], table.index).astype(str)
-        table["p_label"] = found.shares[np.arange(len(found)), found.y]
-        table["quality"], table["likely_error"] = _quality_of_classes(found.y, found.shares)
+        # Far from all others, every quality is 0.
+        order = np.argsort(-np.abs(y - predicted), kind="stable")
+        return table.iloc[order].sort_values(["likely_error", "quality"], ascending=[False, True], kind="stable")
+    assert found.shares is not None
+    table["label"] = pd.Series(found.classes[found.y], table.index).astype(str)
+    table["predicted"] = pd.Series(found.classes[found.predicted], table.index).astype(str)
+    table["p_label"] = found.shares[np.arange(len(found)), found.y]
+    table["quality"], table["likely_error"] = _quality_of_classes(found.y, found.shares)
     return table.sort_values(["likely_error", "quality", "id"], ascending=[False, True, True])
 
 
@@ -123,9 +131,15 @@ def _quality_of_quantities(y: Floats, predicted: Floats) -> tuple[Floats, NDArra
     from cleanlab.regression.rank import get_label_quality_scores
 
     residual = np.abs(y - predicted)
-    quality = np.asarray(get_label_quality_scores(y, predicted, method="residual"), float)
-    spread = 1.4826 * np.median(residual)
-    return quality, residual > DEVIATIONS * spread if spread > 0 else np.zeros(len(y), bool)
+    spread = 1.4826 * float(np.median(residual))
+    unit = spread if spread > 0 else 1.0
+    quality = get_label_quality_scores(y / unit, predicted / unit, method="residual")
+    return np.asarray(quality, float), (residual > DEVIATIONS * unit) & (spread > 0)
+
+
+def in_digits(value: float) -> str:
+    """A quantity with the digits that matter."""
+    return f"{value:,.0f}" if abs(value) >= 1e4 else f"{value:,.4g}"
 
 
 def outliers(samples: pd.DataFrame, X: Matrix) -> pd.DataFrame:
@@ -154,8 +168,8 @@ def outliers(samples: pd.DataFrame, X: Matrix) -> pd.DataFrame:
 
 def near_duplicates(samples: pd.DataFrame, found: Pairs) -> pd.DataFrame:
     """List pairs of samples with one image: those with the same bytes, then `found`, the most similar first."""
-    codes = pd.Series(pd.factorize(samples["sha256"])[0])
-    first = codes.groupby(codes).transform(lambda rows: rows.index[0]).to_numpy()
+    codes = pd.factorize(samples["sha256"])[0]
+    first = np.unique(codes, return_index=True)[1][codes]
     again = np.flatnonzero(first != np.arange(len(samples)))
     same = Pairs(first[again], again, np.ones(len(again), np.float32))
     return pd.concat([pairs(samples, same, "same bytes"), pairs(samples, found, "near")])

@@ -22,6 +22,7 @@ NAMES = {
     "mean_roc_auc": "mean ROC AUC",
 }
 CONTROLS = {"dummy": "dummy", "file": "file alone", "pixels": "raw pixels", "untrained": "untrained backbone"}
+MOST_SENTENCES = 3
 DEFAULTS = {
     "head": None,
     "task": None,
@@ -157,7 +158,10 @@ def clear(target: dict[str, Any]) -> bool:
 
 
 def verdict(facts: dict[str, Any]) -> str:
-    """What came of it, in one sentence for each target."""
+    """What came of it, in one sentence; in one for each of a few targets."""
+    if len(facts["targets"]) > MOST_SENTENCES:
+        count = sum(clear(target) for target in facts["targets"])
+        return f"Of {len(facts['targets'])} targets {count} are clearly told better than by every control."
     said = []
     for target in facts["targets"]:
         metric, scores = target["metric"], target["cross_validation"]
@@ -204,7 +208,7 @@ def made(facts: dict[str, Any]) -> list[tuple[str, str]]:
         *(
             (name.replace("_", " "), f"{value}")
             for name, value in facts["settings"].items()
-            if name == "folds" or value not in (None, False, DEFAULTS.get(name, True))
+            if name in ("folds", "seed") or (value is not None and value != DEFAULTS.get(name, True))
         ),
         ("versions", ", ".join(f"{library} {version}" for library, version in facts["versions"].items())),
         ("made", facts["created"]),

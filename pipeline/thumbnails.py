@@ -70,7 +70,8 @@ def sheet(images: list[Image.Image | None]) -> str:
 def tiny_pixels(image: Image.Image) -> NDArray[np.float32]:
     """Sixteen by sixteen colours, centred and of length one; float32 of shape (16, 16, 3)."""
     small = np.asarray(image.resize((16, 16), Image.Resampling.BOX), np.float32)
-    small -= small.mean()
+    # Each colour by itself: what is of one tint is not yet alike.
+    small -= small.mean(axis=(0, 1))
     return np.asarray(small / max(float(np.linalg.norm(small)), 1e-6), np.float32)
 
 

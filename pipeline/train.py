@@ -118,6 +118,16 @@ def train(
     ------
     DataError
         If the store does not carry what training needs.
+
+    Examples
+    --------
+    >>> store = FeatureStore.open("store")
+    >>> facts = train(store, "label", Path("trained"), selection=Selection(split="split"), folds=3)
+    >>> (target,) = facts["targets"]
+    >>> target["head"], target["classes"], target["rows"]["train"], target["rows"]["test"]
+    ('logreg', ['blue', 'green', 'red'], 18, 6)
+    >>> sorted(target["cross_validation"]["head"]["accuracy"])
+    ['folds', 'high', 'low', 'value']
     """
     bundle.require_free(out)
     names = [target] if isinstance(target, str) else target
@@ -170,7 +180,7 @@ def train(
         "targets": judged,
         "together": multilabel.scores(held_out),
         "view": chosen.to_json(),
-        "store": store.root.path,
+        "store": store.root.url,
         "snapshot": {"number": listing.number, "digest": listing.digest, "pinned": _pin(store, listing, out)},
         "settings": {
             "head": head,
@@ -196,14 +206,18 @@ def train(
         problems.outliers(seen.samples, X),
         problems.near_duplicates(seen.samples, seen.groups.pairs),
     )
+    wrong.outliers["tested"] = seen.tested[wrong.outliers.index]
+    for side in ("first", "second"):
+        wrong.near_duplicates[f"{side}_tested"] = seen.tested[wrong.near_duplicates[side]]
     facts["problems"] = wrong.counts()
     found = {
         each.name: _of_seen(each, data, standing, held_out[each.name].rows, held_out[each.name].predictions)
         for each in asked
     }
     drawn = atlas.drawn(X, np.flatnonzero(learnt))
-    shown = galleries.shown(galleries.of_training(seen.samples, found, wrong).values(), drawn) if with_images else set()
-    pages = page.of_training(facts, seen.samples, found, wrong, drawn, thumbnails.read(seen.samples, shown))
+    shown = galleries.shown(galleries.of_training(seen.samples, found, wrong).values(), drawn)
+    pictures = thumbnails.read(seen.samples, shown) if with_images else None
+    pages = page.of_training(facts, seen.samples, found, wrong, drawn, pictures)
     reference = drift.reference(X[learnt], seen.groups.of[learnt])
     return bundle.save(out, fitted, facts, pages | wrong.files(), reference, with_joblib)
 
@@ -263,14 +277,15 @@ def _judged(
             "unlabelled": int((~target.known).sum()),
         },
     }
-    said = found.predictions
+    said, told["doubted_by"] = found.predictions, facts["head"]
     if said.classes is not None and said.shares is None:
         # Labels are doubted by probabilities.
-        said = evaluate.held_out(
-            Recipe(target.task, heads.DEFAULT["classification"]), train, fold(train, folds)
-        ).predictions
+        told["doubted_by"] = doubting = heads.DEFAULT["classification"]
+        said = evaluate.held_out(Recipe(target.task, doubting), train, fold(train, folds)).predictions
     places, said = _of_seen(target, data, standing, found.rows, said)
     errors = problems.label_errors(seen, target.name, places, said, recipe.log)
+    # Who knows nothing doubts at random.
+    errors["likely_error"] &= (facts["better_than"]["dummy"]["low"] or 0) > 0
     return told | facts, fitted.estimator, found, errors
 
 

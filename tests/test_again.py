@@ -72,6 +72,16 @@ def test_the_recorded_command_gives_the_recorded_scores(
     assert "has no snapshot 9" in nowhere.stderr and not Path("third").exists()
 
 
+def test_a_store_elsewhere_is_named_so_that_it_is_found_again(
+    photos: Path, tmp_path: Path, permafrost: Callable[..., Any], bucket: str
+) -> None:
+    permafrost("extract", photos, "--store", f"{bucket}/st", "--backbone", "tiny")
+    permafrost("train", f"{bucket}/st", "--target", "label", "--folds", 2, "--out", tmp_path / "first")
+    told = json.loads((tmp_path / "first/report.json").read_text())["command"]
+    assert f" {bucket}/st " in told
+    permafrost(*shlex.split(told)[1:-1], tmp_path / "second")
+
+
 def test_heads_for_plain_scikit_learn(photos: Path, tmp_path: Path, permafrost: Callable[..., Any]) -> None:
     permafrost("extract", photos, "--store", tmp_path / "store", "--backbone", "tiny")
     out = tmp_path / "bundle"

@@ -98,6 +98,7 @@ def fits(page: Page) -> bool:
 
 def test_a_report_in_a_browser(store: FeatureStore, tmp_path: Path, visit: Callable[..., Page]) -> None:
     facts = train(store, "label", tmp_path / "bundle", selection=LOOSE, folds=3)
+    assert "seed" in (tmp_path / "bundle/MODEL_CARD.md").read_text()
     page = visit(tmp_path / "bundle/report.html")
     assert loaded(page) >= 2 and fits(page)
     words = page.inner_text("body")
@@ -147,7 +148,10 @@ def test_quantities_and_heads_without_probabilities(
 
 def test_images_that_are_gone_or_not_wanted(store: FeatureStore, tmp_path: Path, visit: Callable[..., Page]) -> None:
     train(store, "label", tmp_path / "without", selection=LOOSE, folds=3, with_images=False)
-    assert loaded(visit(tmp_path / "without/report.html")) == 0
+    page = visit(tmp_path / "without/report.html")
+    assert loaded(page) == 0 and page.get_by_text("not readable").count() == 0
+    page.locator(".map circle").first.hover(force=True)
+    assert page.locator(".tip .tile").is_hidden() and ".png" in page.locator(".tip").inner_text()
     listing = store.snapshot().samples.to_pandas()
     for uri in listing["uri"]:
         draw(Path(uri), COLOURS["red"])
@@ -159,12 +163,13 @@ def test_images_that_are_gone_or_not_wanted(store: FeatureStore, tmp_path: Path,
 def test_the_same_facts_in_json_and_in_the_card(store: FeatureStore, tmp_path: Path) -> None:
     facts = train(store, "label", tmp_path / "bundle", selection=LOOSE, folds=3)
     told = json.loads((tmp_path / "bundle/report.json").read_text())
-    assert told["targets"] == facts["targets"] and told["verdict"] and told["problems"]["near_duplicates"]
+    assert told["targets"] == facts["targets"] and told["verdict"]
     counts = pd.DataFrame(told["confused"]["label"], columns=["truth", "predicted", "count"])
     assert counts["count"].sum() == facts["targets"][0]["rows"]["train"]
+    assert told["problems"] == facts["problems"] and len(told["listed"]["near_duplicates"]) == 1
     card = (tmp_path / "bundle/MODEL_CARD.md").read_text()
     assert told["verdict"] in card and told["command"] in card
-    assert "&lt;" not in card and "{{" not in card and "\n\n\n" not in card
+    assert "| &lt;b>a&b's" in card and "{{" not in card and "\n\n\n" not in card
 
 
 def test_a_comparison_and_a_look(
@@ -175,6 +180,8 @@ def test_a_comparison_and_a_look(
     permafrost(*asked, page_of_it, "--split-near-duplicates")
     page = visit(page_of_it, PHONE)
     assert fits(page) and page.locator("tbody tr").count() == 2 and page.locator("figure svg").count() == 1
+    nowhere = permafrost(*asked, tmp_path / "nowhere/x.html", code=2)
+    assert "for --html is not there; make it first" in nowhere.stderr and "folds" not in nowhere.stderr
     permafrost("explore", tmp_path / "store", "--out", tmp_path / "look")
     page = visit(tmp_path / "look/report.html", PHONE, "dark")
     assert fits(page) and loaded(page) >= 9 and luminance(page, "backgroundColor") < 40

@@ -258,7 +258,7 @@ def test_memory_does_not_grow_with_rows_times_classes(tmp_path: Path, monkeypatc
 def test_the_peak_memory_of_the_process(tmp_path: Path) -> None:
     said = trained(np.arange(2000) % 500)
     assert said.reference is not None
-    bundle.save(tmp_path / "b", said.heads, said.facts, "", said.reference)
+    bundle.save(tmp_path / "b", said.heads, said.facts, {}, said.reference)
     peaks = {}
     for rows in (1000, 300_000):
         filled(tmp_path / f"{rows}", rows)

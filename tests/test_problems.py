@@ -46,8 +46,12 @@ def test_a_quantity_far_from_its_prediction_comes_first(log: bool) -> None:
     y = np.exp(random.normal(size=50)) if log else random.normal(size=50)
     predicted = y * np.exp(0.05 * random.normal(size=50)) if log else y + 0.05 * random.normal(size=50)
     y[3] = y[3] * 9 if log else y[3] + 9
-    table = problems.label_errors(listing(50), "price", np.arange(50), Predictions(y, predicted), log)
-    assert table.index[0] == 3 and table["likely_error"].sum() == 1
+    y[8] = y[8] * 30 if log else y[8] + 30
+    for unit in (1, 1e6, 1e-6):
+        found = Predictions(unit * y, unit * predicted)
+        table = problems.label_errors(listing(50), "price", np.arange(50), found, log)
+        assert table.index[:2].tolist() == [8, 3] and table["likely_error"].sum() == 2
+        assert 0.1 < table["quality"].median() < 0.9
 
 
 def test_an_odd_image_comes_first_however_often_it_is_there() -> None:
