@@ -229,27 +229,39 @@ def join(root: Root, view: View, wanted: pa.ChunkedArray) -> Iterator[tuple[NDAr
     embeddings : numpy.ndarray
         float32, shape (rows, dim).
     """
-    codes, unique = pd.factorize(wanted.to_pandas().to_numpy(object))
-    # One index for all parts; Arrow would make a new one for each of them, from a million keys every time.
-    index, order = pd.Index(unique, dtype=object), np.argsort(codes, kind="stable")
-    starts = np.searchsorted(codes[order], np.arange(len(unique) + 1))
+    # Digests of digests: as Python's strings, the keys of five million images take 2 GiB.
+    keys = wanted.chunk(0) if wanted.num_chunks == 1 else wanted.cast(pa.large_string()).combine_chunks()
+    mine = hashes(keys)
+    order = np.argsort(mine)
+    mine, done = mine[order], np.zeros(len(keys), bool)
     for _, sha256, vectors in each(root, view):
-        code = index.get_indexer(pd.Index(sha256, dtype=object))
-        have = np.flatnonzero(code >= 0)
-        counts = starts[code[have] + 1] - starts[code[have]]
-        # The rows of one image lie side by side in `order`.
-        ends = np.cumsum(counts)
-        rows = order[np.arange(counts.sum()) + np.repeat(starts[code[have]] - ends + counts, counts)]
+        there = pa.array(sha256, keys.type)
+        starts, ends = (np.searchsorted(mine, hashes(there), side) for side in ("left", "right"))
+        counts = ends - starts
+        place = np.repeat(np.arange(len(there)), counts)
+        rows = order[np.arange(counts.sum()) + np.repeat(ends - np.cumsum(counts), counts)]
+        # Two keys may have one hash.
+        same = pc.equal(keys.take(pa.array(rows)), there.take(pa.array(place))).fill_null(False)
+        new = same.to_numpy(zero_copy_only=False) & ~done[rows]
         # A part that another program wrote may hold doubles.
-        rows, first = np.unique(rows, return_index=True)
-        place = np.repeat(have, counts)[first]
+        rows, first = np.unique(rows[new], return_index=True)
+        place, done[rows] = place[new][first], True
         for start in range(0, len(rows), ROWS):
             yield rows[start : start + ROWS], vectors[place[start : start + ROWS]]
 
 
+def hashes(keys: pa.Array) -> NDArray[np.uint64]:
+    """A number for each key, without making Python's strings of all; two keys may share one."""
+    found = np.empty(len(keys), np.uint64)
+    for start in range(0, len(keys), ROWS):
+        some = keys.slice(start, ROWS).to_numpy(zero_copy_only=False)
+        found[start : start + ROWS] = pd.util.hash_array(some, categorize=False)
+    return found
+
+
 def each(root: Root, view: View) -> Iterator[tuple[str, list[str], NDArray[np.float32]]]:
-    """Read a view part by part, without doubles: name, SHA-256, and float32 of shape (images, dim)."""
-    done, seen = set[str](), set[str]()
+    """Read a view part by part: name, SHA-256, and float32 of shape (images, dim); parts may hold doubles of others."""
+    done = set[str]()
     while True:
         vanished = False
         for name in names(root, view):
@@ -261,10 +273,7 @@ def each(root: Root, view: View) -> Iterator[tuple[str, list[str], NDArray[np.fl
                 vanished = True
                 continue
             done.add(name)
-            new = [row for row, key in enumerate(keys) if key not in seen]
-            seen.update(keys)
-            if new:
-                yield name, [keys[row] for row in new], vectors if len(new) == len(keys) else vectors[new]
+            yield name, keys, vectors
         if not vanished:
             return
 

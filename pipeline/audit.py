@@ -55,6 +55,8 @@ TYPES: dict[str, frozenset[str]] = {
             "linear_model._logistic.LogisticRegression",
             "linear_model._ridge.Ridge",
             "linear_model._ridge.RidgeClassifier",
+            "linear_model._stochastic_gradient.SGDClassifier",
+            "linear_model._stochastic_gradient.SGDRegressor",
             "neighbors._classification.KNeighborsClassifier",
             "neighbors._regression.KNeighborsRegressor",
             "pipeline.Pipeline",

@@ -13,7 +13,6 @@ from typing import Any
 
 import joblib
 import numpy as np
-import skops.io
 from numpy.typing import NDArray
 
 from features.errors import BundleError, DataError
@@ -100,6 +99,9 @@ def save(
     dict
         `facts` with the format and the files' digests, as `bundle.json` has them.
     """
+    # It imports torch where that is installed, which takes 0.5 GB that training may need.
+    import skops.io
+
     files = {"head.skops": skops.io.dumps(heads, compression=zipfile.ZIP_DEFLATED), **pages}
     if reference is not None:
         np.save(embeddings := io.BytesIO(), reference, allow_pickle=False)
@@ -152,6 +154,8 @@ def load(path: Path) -> Bundle:
     Traceback (most recent call last):
     features.errors.BundleError: photos is not a bundle (it has no bundle.json); `permafrost train` makes one
     """
+    import skops.io
+
     facts = _read_facts(path)
     if facts.get("sha256") != _digest(facts):
         raise BundleError(f"bundle {path} was changed: bundle.json is not what was saved")

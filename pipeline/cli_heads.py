@@ -57,9 +57,9 @@ def train(
         str | None,
         typer.Option(
             metavar="NAME|auto",
-            help="logreg, ridge, linear_svm, knn, tree, rbf_svm, random_forest or hist_gradient_boosting; auto is the "
-            "simplest within one standard error of the best.",
-            show_default="logreg for classes, ridge for quantities",
+            help="logreg, ridge, linear_svm, sgd, knn, tree, rbf_svm, random_forest or hist_gradient_boosting; auto is "
+            "the simplest within one standard error of the best.",
+            show_default="logreg for classes, ridge for quantities, sgd with --streaming",
         ),
     ] = None,
     tune: TuneOption = False,
@@ -87,6 +87,14 @@ def train(
     ] = False,
     snapshot: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Train on an older listing.", show_default="the newest")
+    ] = None,
+    streaming: Annotated[
+        bool | None,
+        typer.Option(
+            "--streaming/--no-streaming",
+            help="Read embeddings block by block, for --head sgd.",
+            show_default="where they would not fit in memory",
+        ),
     ] = None,
     device: Annotated[str, typer.Option(help="For --controls: auto, cpu, cuda, cuda:1 ...")] = "auto",
     as_json: JsonOption = False,
@@ -117,6 +125,7 @@ def train(
             with_joblib=with_joblib,
             snapshot=snapshot,
             device=device,
+            stream=streaming,
             progress=progress,
         )
     if as_json:

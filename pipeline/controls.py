@@ -69,7 +69,7 @@ def untrained(samples: pd.DataFrame, view: View, device: str) -> NDArray[np.floa
         float32, shape (samples, dim); NaN where an image cannot be read any more.
     """
     ids = [f"{place:09d}" for place in range(len(samples))]
-    columns: dict[str, Any] = {"id": ids, "uri": samples["uri"].tolist(), "version": samples["version"].tolist()}
+    columns: dict[str, Any] = {"id": ids, "uri": samples["uri"].tolist(), "version": [""] * len(ids)}
     listing = pa.table({name: pa.array(values, pa.string()) for name, values in columns.items()})
     source = Source("controls", listing, "", whole=True)
     request = replace(view.request, weights=UNTRAINED, weights_sha256=None, precision=AUTO)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import duckdb
@@ -15,11 +18,15 @@ from features import parts, samples
 from features.errors import DataError, ViewMismatch
 from features.store import FeatureStore, Snapshot
 from features.views import View
-from pipeline.folds import Examples
+from pipeline import blocks
+from pipeline.blocks import Blocks
+from pipeline.folds import SEED, Examples
 from pipeline.groups import Groups, find
 from pipeline.labels import MOST_UNMATCHED, join
 from pipeline.targets import Target
 
+MOST_SEEN = 20_000
+"""Samples that stand for all where their embeddings do not fit in memory."""
 TRAINED, VALIDATED, TESTED = frozenset({"train", "training"}), frozenset({"val", "valid", "validation"}), "test"
 
 
@@ -75,7 +82,7 @@ class Dataset:
     ----------
     samples : pandas.DataFrame
         One row per sample, by `features.samples.SCHEMA`, with the sources' own columns and those of the labels.
-    embeddings : dict of str to numpy.ndarray
+    embeddings : dict of str to numpy.ndarray or Blocks
         By view; float32, shape (samples, dim).
     tested : numpy.ndarray
         bool, shape (samples,): kept for the test.
@@ -89,7 +96,7 @@ class Dataset:
     """
 
     samples: pd.DataFrame
-    embeddings: dict[str, NDArray[np.float32]]
+    embeddings: dict[str, NDArray[np.float32] | Blocks]
     tested: NDArray[np.bool_]
     groups: Groups
     times: NDArray[Any] | None
@@ -99,10 +106,29 @@ class Dataset:
     def __len__(self) -> int:
         return len(self.samples)
 
-    def examples(self, target: Target, X: NDArray[np.float32], rows: NDArray[np.bool_]) -> Examples:
+    @property
+    def streamed(self) -> bool:
+        """Whether the embeddings are not in memory."""
+        return any(isinstance(X, Blocks) for X in self.embeddings.values())
+
+    def examples(self, target: Target, X: NDArray[np.float32] | Blocks, rows: NDArray[np.bool_]) -> Examples:
         """Some of the samples with one of their labels; `X` has a row for each sample."""
+        if rows.all():
+            return Examples(X, target.y, target.task, self.groups.of, self.times)
         times = None if self.times is None else self.times[rows]
-        return Examples(X if rows.all() else X[rows], target.y[rows], target.task, self.groups.of[rows], times)
+        return Examples(X[rows], target.y[rows], target.task, self.groups.of[rows], times)
+
+    def in_memory(self) -> tuple[Dataset, NDArray[np.int64]]:
+        """The same with the embeddings in memory, or a random sample of it, and which of the samples these are."""
+        rows = np.arange(len(self))
+        if not self.streamed:
+            return self, rows
+        rows = np.sort(np.random.default_rng(SEED).permutation(rows)[:MOST_SEEN])
+        of, times = self.groups.of[rows], None if self.times is None else self.times[rows]
+        groups = Groups(of, self.groups.alike[rows], self.groups.copies, self.groups.near, self.groups.pairs)
+        embeddings: dict[str, Any] = {name: np.asarray(X[rows]) for name, X in self.embeddings.items()}
+        samples = self.samples.iloc[rows].reset_index(drop=True)
+        return Dataset(samples, embeddings, self.tested[rows], groups, times, self.left_out, self.labels), rows
 
     def overlap(self) -> list[str]:
         """Ids of test samples of which the training set has a copy, a near duplicate, or one of the same group."""
@@ -112,9 +138,29 @@ class Dataset:
 
 
 def load(
-    store: FeatureStore, views: list[View], snapshot: Snapshot, targets: list[str], selection: Selection
+    store: FeatureStore,
+    views: list[View],
+    snapshot: Snapshot,
+    targets: list[str],
+    selection: Selection,
+    stream: Callable[[int, int], bool] = lambda rows, dim: False,
+    scratch: Path | None = None,
 ) -> Dataset:
     """Join samples, labels and embeddings; samples that any of the views lacks are left out.
+
+    Parameters
+    ----------
+    store : FeatureStore
+    views : list of View
+    snapshot : Snapshot
+    targets : list of str
+        Columns.
+    selection : Selection
+    stream : callable, optional
+        Told how many embeddings of how many numbers there are; says whether these go into a file instead of memory, and
+        no near duplicates are sought.
+    scratch : pathlib.Path, optional
+        Folder for that file, which has no name and is gone however this process ends.
 
     Raises
     ------
@@ -133,16 +179,21 @@ def load(
             raise DataError(f"no column {column!r} {why}; the samples have {own}")
         if column is not None and why != "to train for" and pa.types.is_nested(table.schema.field(column).type):
             raise DataError(f"column {column!r} holds lists or the like, which is nothing {why}")
-    frame = table.to_pandas()
+    frame = table.drop_columns(["version", "error"]).to_pandas()
     chosen, tested = _parts(table, frame, selection)
-    found, matrices = np.ones(len(frame), bool), {}
-    for view in views:
-        there = np.zeros(len(frame), bool)
-        there[chosen], matrices[view.name] = parts.gather(store.root, view, table["sha256"].filter(pa.array(chosen)))
-        found &= there
     ok = frame["status"].eq("ok").to_numpy()
     known = frame[targets].notna().any(axis=1).to_numpy() if targets else np.ones(len(frame), bool)
     timed = frame[selection.time].notna().to_numpy() if selection.time else np.ones(len(frame), bool)
+    found, matrices = np.ones(len(frame), bool), dict[str, NDArray[np.float32] | Blocks]()
+    wanted = table["sha256"] if chosen.all() else table["sha256"].filter(pa.array(chosen))
+    for view in views:
+        there = np.zeros(len(frame), bool)
+        if stream(len(wanted), view.dim):
+            file = tempfile.TemporaryFile(dir=scratch)  # noqa: SIM115
+            there[chosen], matrices[view.name] = blocks.write(store.root, view, wanted, file)
+        else:
+            there[chosen], matrices[view.name] = parts.gather(store.root, view, wanted)
+        found &= there
     left_out = {
         "failed": int((chosen & ~ok).sum()),
         "not_embedded": int((chosen & ok & ~found).sum()),
@@ -156,9 +207,11 @@ def load(
             told = left_out | {"for the test": int(tested.sum())}
             counted = ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in told.items())
             raise DataError(f"no sample to {use}: of {int(chosen.sum())} chosen, {counted}")
-    kept, rows = frame[usable].reset_index(drop=True), (np.cumsum(chosen) - 1)[usable]
+    kept = frame if usable.all() else frame[usable].reset_index(drop=True)
+    rows = (np.cumsum(chosen) - 1)[usable]
     embeddings = {name: matrix if len(rows) == len(matrix) else matrix[rows] for name, matrix in matrices.items()}
-    together = find(kept, list(embeddings.values()), selection.groups, selection.near_duplicates)
+    in_memory = [matrix for matrix in embeddings.values() if not isinstance(matrix, Blocks)]
+    together = find(kept, in_memory, selection.groups, selection.near_duplicates)
     times = kept[selection.time].to_numpy() if selection.time else None
     return Dataset(kept, embeddings, tested[usable], together, times, left_out, matched)
 

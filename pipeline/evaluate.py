@@ -16,7 +16,7 @@ from sklearn.dummy import DummyClassifier, DummyRegressor
 from threadpoolctl import threadpool_limits
 
 from features.errors import DataError
-from pipeline import tuning
+from pipeline import blocks, tuning
 from pipeline.folds import Examples, Fold, Rows, part
 from pipeline.intervals import Score, difference, scores
 from pipeline.metrics import Predictions
@@ -34,6 +34,8 @@ EXPECTED_WARNINGS = (
 """Of searches, where few examples do not allow a setting, and of folds within a fold, which may lack a rare class."""
 
 SHARES_OF_EXAMPLES = (0.125, 0.25, 0.5)
+MOST_EXACT = 2**22
+"""Probabilities up to which they are held with double precision."""
 FEWEST = 20
 """Examples below which a share of them is not worth a point of the learning curve."""
 
@@ -137,16 +139,21 @@ def held_out(
 
 def held_out_by_dummy(examples: Examples, folds: list[Fold]) -> Predictions:
     """What the labels alone allow: the most frequent class, or the mean, of each fold's examples."""
-    said = []
+    said, examples = [], blind(examples)
     for fit, score in folds:
         said.append(predictions(dummy(examples.take(fit)), examples.take(score), labels_of(examples)))
     return joined(said)
 
 
+def blind(examples: Examples) -> Examples:
+    """The examples without their embeddings, which a dummy does not look at."""
+    return replace(examples, X=np.empty((len(examples), 0), np.float32))
+
+
 def dummy(examples: Examples) -> Any:
     """What a head must beat, fitted."""
     estimator = DummyRegressor() if examples.task == "regression" else DummyClassifier(strategy="prior")
-    return estimator.fit(examples.X[:, :0], examples.y)
+    return estimator.fit(blind(examples).X, examples.y)
 
 
 def labels_of(examples: Examples, others: Examples | None = None) -> NDArray[Any] | None:
@@ -158,19 +165,28 @@ def labels_of(examples: Examples, others: Examples | None = None) -> NDArray[Any
 
 def predictions(estimator: Any, examples: Examples, classes: NDArray[Any] | None) -> Predictions:
     """What a fitted head says of examples, beside their labels."""
-    said = estimator.predict(examples.X)
     if classes is None:
-        return Predictions(np.asarray(examples.y, float), np.asarray(said, float))
+        told = np.empty(len(examples))
+        for rows, X in blocks.of(examples.X):
+            told[rows] = estimator.predict(X)
+        return Predictions(np.asarray(examples.y, float), told)
     place, known = np.searchsorted(classes, estimator.classes_), hasattr(estimator, "predict_proba")
-    shares = margins = None
-    if known:
-        shares = np.zeros((len(examples), len(classes)))
-        shares[:, place] = estimator.predict_proba(examples.X)
-    if len(classes) == 2 and len(place) == 2:
-        # What is compared must be of one kind: a calibrated head's margin is its probability.
-        margins = shares[:, 1] if shares is not None else np.asarray(estimator.decision_function(examples.X), float)
-    y, predicted = np.searchsorted(classes, examples.y), np.searchsorted(classes, said)
-    return Predictions(y, predicted, shares, margins, classes)
+    two = len(classes) == 2 and len(place) == 2
+    cells = len(examples) * len(classes)
+    shares = np.zeros((len(examples), len(classes)), np.float64 if cells <= MOST_EXACT else np.float32)
+    predicted, margins = np.empty(len(examples), np.int64), np.empty(len(examples))
+    for rows, X in blocks.of(examples.X):
+        predicted[rows] = np.searchsorted(classes, estimator.predict(X))
+        if known:
+            some = np.zeros((len(X), len(classes)))
+            some[:, place] = estimator.predict_proba(X)
+            shares[rows] = some
+        elif two:
+            margins[rows] = estimator.decision_function(X)
+    # What is compared must be of one kind: a calibrated head's margin is its probability.
+    margins = shares[:, 1] if known and two else margins
+    y = np.searchsorted(classes, examples.y)
+    return Predictions(y, predicted, shares if known else None, margins if two else None, classes)
 
 
 def joined(parts: list[Predictions]) -> Predictions:

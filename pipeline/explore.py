@@ -87,7 +87,7 @@ def explore(
     require_free(out)
     chosen, snapshot = store.pick_view(view), store.snapshot()
     data = dataset.load(store, [chosen], snapshot, [], dataset.Selection(where))
-    samples, X = data.samples, data.embeddings[chosen.name]
+    samples, X = data.samples, np.asarray(data.embeddings[chosen.name])
     label, distance = clustered(X, clusters)
     pairs = problems.near_duplicates(samples, data.groups.pairs)
     if mirrored:

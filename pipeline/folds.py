@@ -11,10 +11,13 @@ from numpy.typing import NDArray
 from sklearn.model_selection import GroupKFold, KFold, StratifiedGroupKFold, StratifiedKFold, TimeSeriesSplit
 
 from features.errors import DataError
+from pipeline.blocks import Blocks
 from pipeline.targets import Task
 
 SEED = 0
 FOLDS_WITHIN = 3
+MOST_WEIGHED = 100_000
+"""Groups up to which each is put where it evens out the classes best, which takes time for each of them."""
 
 Rows = NDArray[np.int64]
 Fold = tuple[Rows, Rows]
@@ -27,7 +30,7 @@ class Examples:
 
     Attributes
     ----------
-    X : numpy.ndarray
+    X : numpy.ndarray or Blocks
         float32, shape (examples, dim).
     y : numpy.ndarray
         Labels or quantities, shape (examples,).
@@ -40,7 +43,7 @@ class Examples:
         float32, shape (examples, examples): squared, between the normalised embeddings.
     """
 
-    X: NDArray[np.float32]
+    X: NDArray[np.float32] | Blocks
     y: NDArray[Any]
     task: Task
     groups: Rows
@@ -55,6 +58,10 @@ class Examples:
         times = None if self.times is None else self.times[rows]
         distances = None if self.distances is None else self.distances[np.ix_(rows, rows)]
         return replace(self, X=self.X[rows], y=self.y[rows], groups=self.groups[rows], times=times, distances=distances)
+
+    def loaded(self) -> Examples:
+        """The same in memory."""
+        return replace(self, X=np.asarray(self.X))
 
 
 def fold(examples: Examples, folds: int) -> list[Fold]:
@@ -96,8 +103,17 @@ def within(examples: Examples) -> list[Fold]:
 
 def _shuffled(examples: Examples, folds: int) -> list[Fold]:
     options = {"n_splits": folds, "shuffle": True, "random_state": SEED}
-    X, stratified = np.empty((len(examples), 0)), examples.task != "regression"
-    if len(np.unique(examples.groups)) < len(examples):
+    X, stratified = np.empty((len(examples), 0), np.float32), examples.task != "regression"
+    first, group = np.unique(examples.groups, return_index=True, return_inverse=True)[1:]
+    if MOST_WEIGHED < len(first) < len(examples):
+        # So many groups even out by themselves; each goes where its first example does.
+        firsts = replace(examples, X=X[first], y=examples.y[first], groups=examples.groups[first], times=None)
+        number = np.empty(len(first), np.int64)
+        for place, (_, score) in enumerate(_shuffled(firsts, folds)):
+            number[score] = place
+        of = number[group]
+        return [(np.flatnonzero(of != place), np.flatnonzero(of == place)) for place in range(folds)]
+    if len(first) < len(examples):
         grouped = StratifiedGroupKFold if stratified else GroupKFold
         return list(grouped(**options).split(X, examples.y, examples.groups))
     return list((StratifiedKFold if stratified else KFold)(**options).split(X, examples.y))
@@ -135,20 +151,22 @@ def _in_time(examples: Examples, folds: int) -> list[Fold]:
 
 
 def _require_members(examples: Examples, folds: int) -> None:
-    frame = pd.DataFrame({"class": examples.y, "group": examples.groups})
-    members, groups = frame["class"].value_counts(), frame.groupby("class")["group"].nunique()
-    if len(members) < 2:
+    names, place = np.unique(examples.y, return_inverse=True)
+    if len(names) < 2:
         raise DataError(
-            f"all {len(examples)} training samples are of class {str(members.index[0])!r}; a head needs two classes"
+            f"all {len(examples)} training samples are of class {str(names[0])!r}; a head needs two classes"
         )
+    members = np.bincount(place)
+    _, group = np.unique(examples.groups, return_inverse=True)
+    groups = np.bincount(np.unique(group * len(names) + place) % len(names))
     for counts, least, lack in (
         (members, folds, f"fewer members than the {folds} folds"),
         (groups, 2, "only one member, or copies and groups that count as one"),
     ):
-        rare = [f"{name} ({count})" for name, count in counts.sort_index().items() if count < least]
+        rare = [f"{name} ({count})" for name, count in zip(names, counts, strict=True) if count < least]
         if rare:
             raise DataError(
-                f"{len(rare)} of {len(members)} classes have {lack}: {', '.join(rare[:5])}; "
+                f"{len(rare)} of {len(names)} classes have {lack}: {', '.join(rare[:5])}; "
                 "use fewer --folds, or leave those classes out with --where"
                 + (", or say --task regression" if examples.y.dtype.kind in "if" else "")
             )

@@ -6,10 +6,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 from numpy.typing import NDArray
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
+from features import parts
 from pipeline.duplicates import Pairs, near_duplicates
 
 Rows = NDArray[np.int64]
@@ -52,7 +54,7 @@ def find(samples: pd.DataFrame, embeddings: list[NDArray[np.float32]], column: s
         A missing value groups with nothing.
     near : bool
     """
-    same = pd.factorize(samples["sha256"])[0].astype(np.int64)
+    same = _same(samples["sha256"])
     # Copies have one embedding, and are compared once.
     first = np.unique(same, return_index=True)[1]
     found = [near_duplicates(matrix[first]) for matrix in embeddings] if near else []
@@ -70,8 +72,23 @@ def find(samples: pd.DataFrame, embeddings: list[NDArray[np.float32]], column: s
     return Groups(of, alike, len(same) - len(first), int(sizes[sizes > 1].sum()), pairs)
 
 
+def _same(keys: pd.Series[str]) -> Rows:
+    """Number the keys in the order in which they first come; pandas' own way takes a gigabyte for five million."""
+    _, first, place = np.unique(parts.hashes(pa.array(keys)), return_index=True, return_inverse=True)
+    for start in range(0, len(keys), parts.ROWS):
+        some = slice(start, start + parts.ROWS)
+        if not np.array_equal(keys.iloc[some], keys.iloc[first[place[some]]]):
+            # Two keys have one hash.
+            return pd.factorize(keys)[0].astype(np.int64)
+    number = np.empty(len(first), np.int64)
+    number[np.argsort(first)] = np.arange(len(first))
+    return number[place]
+
+
 def united(groupings: list[Rows]) -> Rows:
     """Rows that any of the groupings holds together, or that a chain of them does, become one group."""
+    if len(groupings) == 1:
+        return groupings[0]
     rows = np.arange(len(groupings[0]))
     edges = []
     for grouping in groupings:

@@ -24,6 +24,8 @@ the examples they were fitted on, and the true deviation is 1.0 to 1.3 times the
 of 100 to 400 examples in 10 to 1,280 dimensions; why: Bates, Hastie and Tibshirani 2023)."""
 CELLS = 4_000_000
 """Weights that are held at once; bounds memory."""
+MOST_GROUPS = 20_000
+"""Groups in the bag that is resampled where there are more."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,10 @@ def scores(predictions: Predictions, groups: Rows, fold: Rows | None = None) -> 
     Tibshirani 1993, chapter 13; Field and Welsh 2007 for the grouped one). Rows and groups alike give the same
     resamples, which makes the differences of two calls' `Score.resampled` those of a paired comparison.
 
+    Of more than `MOST_GROUPS` groups so many are drawn once, and resampled to the number of all: one bag of the bag of
+    little bootstraps (Kleiner et al. 2014), which tells how far the value over all rows may be off, at the cost of the
+    bag.
+
     Parameters
     ----------
     predictions : Predictions
@@ -86,16 +92,21 @@ def scores(predictions: Predictions, groups: Rows, fold: Rows | None = None) -> 
     (1.0, 1.0, 1.0)
     """
     numbers = np.unique(fold) if fold is not None else np.empty(0, np.int64)
-    by_fold = [np.asarray(fold == number, float) for number in numbers]
-    plain = np.stack([np.ones(len(predictions)), *by_fold])
-    values = measure(predictions, plain)
-    drawn = [measure(predictions, weights) for weights in _resamples(groups)]
-    independent = len(np.unique(groups))
+    every = np.ones((1, len(predictions)))
+    # One after the other: each is as long as there are rows.
+    plain = [measure(predictions, weights) for weights in (every, *(every * (fold == number) for number in numbers))]
+    values = {name: [float(each[name][0]) for each in plain] for name in plain[0]}
+    different = np.unique(groups)
+    independent, bag = len(different), np.ones(len(groups), bool)
+    if independent > MOST_GROUPS:
+        bag = np.isin(groups, np.random.default_rng(SEED).permutation(different)[:MOST_GROUPS])
+    little = predictions if bag.all() else predictions.take(bag)
+    drawn = [measure(little, weights) for weights in _resamples(groups[bag], independent)]
     wider = _wider(independent, fold is not None)
     found = {}
     for name, (value, *folds) in values.items():
         resampled = np.concatenate([some[name] for some in drawn])
-        low, high = limits(resampled, float(value), wider)
+        low, high = limits(resampled, value, wider)
         if name in SHARES and low == high and value in (0, 1):
             # All right, or all wrong: no resample can tell otherwise, but three in so many could ("rule of three",
             # Hanley and Lippman-Hand 1983).
@@ -103,19 +114,22 @@ def scores(predictions: Predictions, groups: Rows, fold: Rows | None = None) -> 
         # R² alone may be below 0; what is not defined stays so.
         low = low if name == "r2" or not np.isfinite(low) else max(0.0, low)
         high = min(1.0, high) if name in SHARES | {"r2"} and np.isfinite(high) else high
-        found[name] = Score(float(value), low, high, [float(each) for each in folds], resampled, wider)
+        found[name] = Score(value, low, high, folds, resampled, wider)
     return found
 
 
-def _resamples(groups: Rows) -> Iterator[Floats]:
-    """Weights of the rows, some resamples at a time: how often each row's group was drawn."""
+def _resamples(groups: Rows, size: int) -> Iterator[Floats]:
+    """Weights of the rows, some resamples at a time: how often each row's group came in `size` draws."""
     numbers, place = np.unique(groups, return_inverse=True)
     random, left = np.random.default_rng(SEED), RESAMPLES
     while left:
         count = min(left, max(1, CELLS // len(groups)))
         # One draw after the other, so that the number at a time changes nothing.
         drawn = [
-            np.bincount(random.integers(len(numbers), size=len(numbers)), minlength=len(numbers)) for _ in range(count)
+            np.bincount(random.integers(len(numbers), size=size), minlength=len(numbers))
+            if size == len(numbers)
+            else random.multinomial(size, np.full(len(numbers), 1 / len(numbers)))
+            for _ in range(count)
         ]
         yield np.stack(drawn)[:, place].astype(np.float64)
         left -= count

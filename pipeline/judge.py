@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from features.errors import DataError
 from pipeline import conformal, evaluate, intervals, tuning
+from pipeline.blocks import Blocks
 from pipeline.evaluate import HeldOut, Tick
 from pipeline.folds import Examples, Rows, fold
 from pipeline.intervals import Score, difference
@@ -36,7 +37,8 @@ def judge(
     found : HeldOut
     """
     parts = fold(train, folds)
-    found = evaluate.held_out(recipe, train, parts, curve=True, tick=tick)
+    # Each share of the examples would be read from the file as often as all of them.
+    found = evaluate.held_out(recipe, train, parts, curve=not isinstance(train.X, Blocks), tick=tick)
     ours = found.scores()
     beside = {"dummy": intervals.scores(evaluate.held_out_by_dummy(train, parts), found.groups, found.fold)}
     metric = recipe.metric
@@ -96,7 +98,7 @@ def _said(estimator: Any, train: Examples, test: Examples) -> Predictions:
 
 
 def _tested(fitted: Fitted, train: Examples, test: Examples) -> dict[str, Any]:
-    beside = {"head": (fitted.estimator, test), "dummy": (evaluate.dummy(train), test)}
+    beside = {"head": (fitted.estimator, test), "dummy": (evaluate.dummy(train), evaluate.blind(test))}
     return {
         name: _json(intervals.scores(_said(estimator, train, seen), test.groups))
         for name, (estimator, seen) in beside.items()
@@ -120,7 +122,7 @@ def _controlled(
     tick: Tick,
 ) -> tuple[dict[str, Score], dict[str, Score]]:
     """Scores of a control, and of the head on the very rows that the control has."""
-    mine = train if len(there) == len(train) else train.take(there)
+    mine = train if len(there) == len(train) else train.take(there).loaded()
     parts = fold(mine, folds)
     ours = base if len(there) == len(train) else evaluate.held_out(plain, mine, parts)
     theirs = evaluate.held_out(replace(plain, head=head or plain.head), replace(mine, X=X[there]), parts, tick=tick)

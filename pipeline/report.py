@@ -32,6 +32,7 @@ DEFAULTS = {
     "calibrate": False,
     "log": False,
     "controls": False,
+    "streaming": False,
     "split": None,
     "where": None,
     "test_where": None,
@@ -79,6 +80,11 @@ def notes(facts: dict[str, Any]) -> list[str]:
         kept = "; the column of the groups says which share a fold" if facts["settings"]["groups"] else ""
         kept = kept or ("; these share a fold" if facts["settings"]["near_duplicates"] else "")
         said.append(f"{rows['near_duplicates']:,} samples are near duplicates of others{kept}.")
+    if facts["settings"]["streaming"]:
+        said.append(
+            "The embeddings were read block by block: no near duplicates were sought, and all but the scores and the "
+            f"tables of classes is told of {rows['seen']:,} random samples."
+        )
     if rows["test_in_the_past"]:
         said.append("Some of the test comes before some of the training set in time: it is no test of the future.")
     if rows["overlap"]:

@@ -134,4 +134,6 @@ def _classes(labels: pd.Series[Any]) -> NDArray[Any]:
         return labels.map(str).to_numpy(dtype=np.str_)
     if pd.api.types.is_numeric_dtype(labels):
         return labels.to_numpy()
-    return labels.astype(str).to_numpy(dtype=np.str_)
+    # Not as Python's strings, of which there would be one for each row.
+    codes, names = pd.factorize(labels.astype(str))
+    return np.asarray(names, dtype=np.str_)[codes]

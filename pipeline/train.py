@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from features import samples
 from features.embedding import Progress
 from features.errors import DataError, redacted
 from features.store import FeatureStore, Snapshot
@@ -29,6 +30,7 @@ from pipeline import (
     multilabel,
     page,
     problems,
+    streaming,
     targets,
     thumbnails,
     tuning,
@@ -37,10 +39,13 @@ from pipeline.dataset import Dataset, Selection
 from pipeline.evaluate import HeldOut, Tick
 from pipeline.folds import SEED, fold
 from pipeline.judge import Controls, judge
+from pipeline.metrics import Predictions
 from pipeline.targets import Kind, Target
 from pipeline.tuning import Recipe
 
 LIBRARIES = ("permafrost", "scikit-learn", "numpy", "skops")
+MOST_FILES = 2000
+"""That the file control looks at where embeddings are read block by block: forests take memory for each."""
 EVERYTHING = Selection()
 
 
@@ -63,6 +68,7 @@ def train(
     with_joblib: bool = False,
     snapshot: int | None = None,
     device: str = "auto",
+    stream: bool | None = None,
     progress: Progress = lambda done, total, busy: None,
 ) -> dict[str, Any]:
     """Cross-validate a head, fit it on every training row, test it, and save it as a bundle.
@@ -77,7 +83,8 @@ def train(
     view : str, optional
         Needed where the store has more than one.
     head : str, optional
-        One of `pipeline.heads.HEADS`, or ``auto``; by default logreg for classes and ridge for quantities.
+        One of `pipeline.heads.HEADS`, or ``auto``; by default logreg for classes and ridge for quantities, or sgd where
+        embeddings are read block by block.
     task : str, optional
         ``classification`` or ``regression``; by default read off each target, unless `log` tells.
     selection : Selection, optional
@@ -96,6 +103,9 @@ def train(
         Number of the state of the listing to train on; the newest by default.
     device : str
         For the controls.
+    stream : bool, optional
+        Whether the embeddings are read block by block instead of held in memory; by default where they would not fit
+        there. Only scores are then of all samples; everything else that the report tells is of a random sample.
     progress : callable, optional
         Told of the folds that are done.
 
@@ -122,11 +132,20 @@ def train(
     bundle.require_free(out)
     names = [target] if isinstance(target, str) else target
     chosen, listing = store.pick_view(view), store.snapshot(snapshot)
-    data = dataset.load(store, [chosen], listing, names, selection)
+
+    def in_blocks(rows: int, dim: int) -> bool:
+        return streaming.chosen(stream, rows, dim, head, tune=tune, calibrate=calibrate, controls=with_controls)
+
+    data = dataset.load(store, [chosen], listing, names, selection, in_blocks, out.parent)
+    seen, standing = data.in_memory()
     asked = targets.read(data.samples, names, task or ("regression" if log else None))
+    if data.streamed:
+        # All that is known of five million samples takes a gigabyte.
+        listing = dataclasses.replace(listing, samples=samples.empty())
+        data = dataclasses.replace(data, samples=data.samples[["id"]])
     recipes = {}
     for each in asked:
-        named = head or heads.DEFAULT[targets.kind(each.task)]
+        named = head or (heads.STREAMED if data.streamed else heads.DEFAULT[targets.kind(each.task)])
         recipes[each.name] = Recipe(each.task, named, tune, balanced, calibrate, log)
         require_fitting(each, recipes[each.name])
         tuning.candidates(recipes[each.name])
@@ -136,13 +155,21 @@ def train(
             fold(data.examples(each, data.embeddings[chosen.name], learnt), folds)
         except DataError as error:
             raise DataError(f"target {each.name!r}: {error}" if len(asked) > 1 else f"{error}") from None
-    beside = _controls(data, chosen, with_controls, device)
+    beside = _controls(data, seen.samples, standing, chosen, with_controls, device)
     done, total = itertools.count(1), len(asked) * folds * (1 + len(beside))
     judged: list[dict[str, Any]] = []
     fitted, held_out, errors = dict[str, Any](), dict[str, HeldOut](), list[pd.DataFrame]()
     for each in asked:
         facts, fit, held_out[each.name], unlikely = _judged(
-            each, recipes[each.name], data, chosen, beside, folds, lambda: progress(next(done), total, "")
+            each,
+            recipes[each.name],
+            data,
+            seen.samples,
+            standing,
+            chosen,
+            beside,
+            folds,
+            lambda: progress(next(done), total, ""),
         )
         judged.append(facts)
         fitted[each.name] = fit
@@ -164,38 +191,44 @@ def train(
             "calibrate": calibrate,
             "log": log,
             "controls": with_controls,
+            "streaming": data.streamed,
             "seed": SEED,
             **dataclasses.asdict(selection),
             "labels": selection.labels and redacted(selection.labels),
         },
-        "rows": _rows(data),
+        "rows": _rows(data) | {"seen": len(seen)},
         "labels": data.labels,
         "versions": {library: version(library) for library in LIBRARIES},
     }
-    X, learnt = data.embeddings[chosen.name], ~data.tested
+    X, learnt = np.asarray(seen.embeddings[chosen.name]), ~seen.tested
     wrong = problems.Problems(
         pd.concat(errors),
-        problems.outliers(data.samples, X),
-        problems.near_duplicates(data.samples, data.groups.pairs),
+        problems.outliers(seen.samples, X),
+        problems.near_duplicates(seen.samples, seen.groups.pairs),
     )
-    wrong.outliers["tested"] = data.tested[wrong.outliers.index]
+    wrong.outliers["tested"] = seen.tested[wrong.outliers.index]
     for side in ("first", "second"):
-        wrong.near_duplicates[f"{side}_tested"] = data.tested[wrong.near_duplicates[side]]
+        wrong.near_duplicates[f"{side}_tested"] = seen.tested[wrong.near_duplicates[side]]
     facts["problems"] = wrong.counts()
     found = {
-        each.name: (_places(each, data)[held_out[each.name].rows], held_out[each.name].predictions) for each in asked
+        each.name: _of_seen(each, data, standing, held_out[each.name].rows, held_out[each.name].predictions)
+        for each in asked
     }
     drawn = atlas.drawn(X, np.flatnonzero(learnt))
-    shown = galleries.shown(galleries.of_training(data.samples, found, wrong).values(), drawn)
-    pictures = thumbnails.read(data.samples, shown) if with_images else None
-    pages = page.of_training(facts, data.samples, found, wrong, drawn, pictures)
-    reference = drift.reference(X[learnt], data.groups.of[learnt])
+    shown = galleries.shown(galleries.of_training(seen.samples, found, wrong).values(), drawn)
+    pictures = thumbnails.read(seen.samples, shown) if with_images else None
+    pages = page.of_training(facts, seen.samples, found, wrong, drawn, pictures)
+    reference = drift.reference(X[learnt], seen.groups.of[learnt])
     return bundle.save(out, fitted, facts, pages | wrong.files(), reference, with_joblib)
 
 
-def _places(target: Target, data: Dataset) -> NDArray[np.int64]:
-    """Of the training examples of a target among the samples."""
-    return np.flatnonzero(target.known & ~data.tested)
+def _of_seen(
+    target: Target, data: Dataset, standing: NDArray[np.int64], rows: NDArray[np.int64], said: Predictions
+) -> tuple[NDArray[np.int64], Predictions]:
+    """What was said of training examples that stand for all, and their places among these."""
+    places = np.flatnonzero(target.known & ~data.tested)[rows]
+    kept = np.isin(places, standing)
+    return np.searchsorted(standing, places[kept]), said.take(kept)
 
 
 def require_fitting(target: Target, recipe: Recipe) -> None:
@@ -218,7 +251,15 @@ def require_fitting(target: Target, recipe: Recipe) -> None:
 
 
 def _judged(
-    target: Target, recipe: Recipe, data: Dataset, view: View, beside: Controls, folds: int, tick: Tick
+    target: Target,
+    recipe: Recipe,
+    data: Dataset,
+    seen: pd.DataFrame,
+    standing: NDArray[np.int64],
+    view: View,
+    beside: Controls,
+    folds: int,
+    tick: Tick,
 ) -> tuple[dict[str, Any], Any, HeldOut, pd.DataFrame]:
     X, learnt, tested = data.embeddings[view.name], target.known & ~data.tested, target.known & data.tested
     train = data.examples(target, X, learnt)
@@ -241,14 +282,21 @@ def _judged(
         # Labels are doubted by probabilities.
         told["doubted_by"] = doubting = heads.DEFAULT["classification"]
         said = evaluate.held_out(Recipe(target.task, doubting), train, fold(train, folds)).predictions
-    errors = problems.label_errors(data.samples, target.name, _places(target, data)[found.rows], said, recipe.log)
+    places, said = _of_seen(target, data, standing, found.rows, said)
+    errors = problems.label_errors(seen, target.name, places, said, recipe.log)
     # Who knows nothing doubts at random.
     errors["likely_error"] &= (facts["better_than"]["dummy"]["low"] or 0) > 0
     return told | facts, fitted.estimator, found, errors
 
 
-def _controls(data: Dataset, view: View, with_images: bool, device: str) -> Controls:
-    found: Controls = {"file": ("random_forest", controls.file_facts(data.samples))}
+def _controls(
+    data: Dataset, seen: pd.DataFrame, standing: NDArray[np.int64], view: View, with_images: bool, device: str
+) -> Controls:
+    few = np.arange(len(seen))
+    if data.streamed:
+        few = np.sort(np.random.default_rng(SEED).permutation(few)[:MOST_FILES])
+    files = controls.file_facts(seen.iloc[few])
+    found: Controls = {"file": ("random_forest", _all_rows(files, standing[few], len(data)))}
     if with_images:
         trained = np.flatnonzero(~data.tested)
         rows = trained[controls.bounded(data.samples.loc[~data.tested])]

@@ -16,7 +16,8 @@ from sklearn.preprocessing import normalize
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from features.errors import DataError
-from pipeline import heads
+from pipeline import heads, streaming
+from pipeline.blocks import Blocks
 from pipeline.folds import Examples, Fold, within
 from pipeline.metrics import MAIN
 from pipeline.targets import Task
@@ -74,6 +75,8 @@ def fit(recipe: Recipe, examples: Examples) -> Fitted:
     estimator = built(recipe, name, settings, examples.X)
     if recipe.calibrate:
         return Fitted(name, settings, _calibrated(recipe, estimator, examples))
+    if isinstance(examples.X, Blocks):
+        return Fitted(name, settings, streaming.fit(estimator, examples.X, examples.y))
     return Fitted(name, settings, estimator.fit(examples.X, examples.y))
 
 
@@ -90,7 +93,7 @@ def _calibrated(recipe: Recipe, estimator: Pipeline, examples: Examples) -> Cali
     return calibrated
 
 
-def built(recipe: Recipe, name: str, settings: dict[str, Any], X: NDArray[np.float32]) -> Pipeline:
+def built(recipe: Recipe, name: str, settings: dict[str, Any], X: NDArray[np.float32] | Blocks) -> Pipeline:
     """An unfitted head with settings; a width is turned into the kernel's `gamma` for embeddings like these."""
     head = heads.make(name, recipe.task, balanced=recipe.balanced, log=recipe.log)
     given = dict(settings)
@@ -163,9 +166,9 @@ def _searched(
     return settings, np.array([results[f"split{number}_test_score"][place] for number in range(len(folds))])
 
 
-def _gamma(width: float, X: NDArray[np.float32]) -> float:
+def _gamma(width: float, X: NDArray[np.float32] | Blocks) -> float:
     """A width in units of the mean squared distance between normalised embeddings."""
-    return width / (2 * float(normalize(X).var(axis=0).sum()))
+    return width / (2 * float(normalize(np.asarray(X)).var(axis=0).sum()))
 
 
 class _Kernel(TransformerMixin, BaseEstimator):  # type: ignore[misc]

@@ -238,11 +238,11 @@ def searched(step: Any, **options: Any) -> GridSearchCV:
 
 def stored(store: FeatureStore, view: View) -> dict[str, NDArray[np.float32]]:
     """Every embedding of a view by SHA-256."""
-    return {
-        key: vector
-        for _, keys, vectors in parts.each(store.root, view)
-        for key, vector in zip(keys, vectors, strict=True)
-    }
+    found: dict[str, NDArray[np.float32]] = {}
+    for _, keys, vectors in parts.each(store.root, view):
+        for key, vector in zip(keys, vectors, strict=True):
+            found.setdefault(key, vector)
+    return found
 
 
 def predicted(bundle: Bundle, store: FeatureStore, out: Path) -> pd.DataFrame:

@@ -18,6 +18,8 @@ KINDS = (
     "ridge-regression-log",
     "linear_svm-binary-calibrate",
     "linear_svm-regression",
+    "sgd-multiclass",
+    "sgd-regression-log",
     "knn-multiclass",
     "knn-regression",
     "tree-binary",

@@ -281,3 +281,18 @@ def test_calibration_where_a_fold_lacks_a_class() -> None:
     assert found.uncalibrated is not None and found.uncalibrated.shares is not None
     accuracy = scores(found.uncalibrated, found.groups)["accuracy"].value
     assert accuracy == pytest.approx(found.scores()["accuracy"].value, abs=0.1) and accuracy > 0.6
+
+
+@pytest.mark.parametrize("classes", [2, 4])
+def test_a_bag_of_groups_gives_the_intervals_of_all(classes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    said, groups = drawn(classes, 6000, 0), np.arange(6000) // 2
+    whole = scores(said, groups, np.arange(6000) % 3)
+    monkeypatch.setattr(intervals, "MOST_GROUPS", 1000)
+    bag = scores(said, groups, np.arange(6000) % 3)
+    assert whole.keys() == bag.keys()
+    for name, score in whole.items():
+        other = bag[name]
+        assert (other.value, other.folds) == (score.value, score.folds)
+        assert other.high - other.low == pytest.approx(score.high - score.low, rel=0.2), name
+    # Not those of a thousand groups, which would be wider by the root of three.
+    assert bag["accuracy"].high - bag["accuracy"].low < 1.3 * (whole["accuracy"].high - whole["accuracy"].low)
