@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +93,8 @@ class Dataset:
         ``without_split``.
     labels : dict or None
         How the table with the labels fitted.
+    places : numpy.ndarray
+        int64, shape (samples,), ascending: which these are of the samples that were loaded.
     """
 
     samples: pd.DataFrame
@@ -102,6 +104,7 @@ class Dataset:
     times: NDArray[Any] | None
     left_out: dict[str, int]
     labels: dict[str, Any] | None
+    places: NDArray[np.int64]
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -118,17 +121,20 @@ class Dataset:
         times = None if self.times is None else self.times[rows]
         return Examples(X[rows], target.y[rows], target.task, self.groups.of[rows], times)
 
-    def in_memory(self) -> tuple[Dataset, NDArray[np.int64]]:
-        """The same with the embeddings in memory, or a random sample of it, and which of the samples these are."""
-        rows = np.arange(len(self))
+    def in_memory(self) -> Dataset:
+        """The same with the embeddings in memory; where these were not, a random sample of it."""
         if not self.streamed:
-            return self, rows
-        rows = np.sort(np.random.default_rng(SEED).permutation(rows)[:MOST_SEEN])
-        of, times = self.groups.of[rows], None if self.times is None else self.times[rows]
-        groups = Groups(of, self.groups.alike[rows], self.groups.copies, self.groups.near, self.groups.pairs)
-        embeddings: dict[str, Any] = {name: np.asarray(X[rows]) for name, X in self.embeddings.items()}
-        samples = self.samples.iloc[rows].reset_index(drop=True)
-        return Dataset(samples, embeddings, self.tested[rows], groups, times, self.left_out, self.labels), rows
+            return self
+        rows = np.sort(np.random.default_rng(SEED).permutation(len(self))[:MOST_SEEN])
+        return replace(
+            self,
+            samples=self.samples.iloc[rows].reset_index(drop=True),
+            embeddings={name: np.asarray(X[rows]) for name, X in self.embeddings.items()},
+            tested=self.tested[rows],
+            groups=replace(self.groups, of=self.groups.of[rows], alike=self.groups.alike[rows]),
+            times=None if self.times is None else self.times[rows],
+            places=self.places[rows],
+        )
 
     def overlap(self) -> list[str]:
         """Ids of test samples of which the training set has a copy, a near duplicate, or one of the same group."""
@@ -213,7 +219,7 @@ def load(
     in_memory = [matrix for matrix in embeddings.values() if not isinstance(matrix, Blocks)]
     together = find(kept, in_memory, selection.groups, selection.near_duplicates)
     times = kept[selection.time].to_numpy() if selection.time else None
-    return Dataset(kept, embeddings, tested[usable], together, times, left_out, matched)
+    return Dataset(kept, embeddings, tested[usable], together, times, left_out, matched, np.arange(len(kept)))
 
 
 def _parts(table: pa.Table, frame: pd.DataFrame, selection: Selection) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:

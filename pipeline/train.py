@@ -137,7 +137,7 @@ def train(
         return streaming.chosen(stream, rows, dim, head, tune=tune, calibrate=calibrate, controls=with_controls)
 
     data = dataset.load(store, [chosen], listing, names, selection, in_blocks, out.parent)
-    seen, standing = data.in_memory()
+    seen = data.in_memory()
     asked = targets.read(data.samples, names, task or ("regression" if log else None))
     if data.streamed:
         # All that is known of five million samples takes a gigabyte.
@@ -155,21 +155,17 @@ def train(
             fold(data.examples(each, data.embeddings[chosen.name], learnt), folds)
         except DataError as error:
             raise DataError(f"target {each.name!r}: {error}" if len(asked) > 1 else f"{error}") from None
-    beside = _controls(data, seen.samples, standing, chosen, with_controls, device)
+    beside = _controls(data, seen, chosen, with_controls, device)
     done, total = itertools.count(1), len(asked) * folds * (1 + len(beside))
+
+    def tick() -> None:
+        progress(next(done), total, "")
+
     judged: list[dict[str, Any]] = []
     fitted, held_out, errors = dict[str, Any](), dict[str, HeldOut](), list[pd.DataFrame]()
     for each in asked:
         facts, fit, held_out[each.name], unlikely = _judged(
-            each,
-            recipes[each.name],
-            data,
-            seen.samples,
-            standing,
-            chosen,
-            beside,
-            folds,
-            lambda: progress(next(done), total, ""),
+            each, recipes[each.name], data, seen, chosen, beside, folds, tick
         )
         judged.append(facts)
         fitted[each.name] = fit
@@ -211,7 +207,7 @@ def train(
         wrong.near_duplicates[f"{side}_tested"] = seen.tested[wrong.near_duplicates[side]]
     facts["problems"] = wrong.counts()
     found = {
-        each.name: _of_seen(each, data, standing, held_out[each.name].rows, held_out[each.name].predictions)
+        each.name: _of_seen(each, data, seen, held_out[each.name].rows, held_out[each.name].predictions)
         for each in asked
     }
     drawn = atlas.drawn(X, np.flatnonzero(learnt))
@@ -223,12 +219,12 @@ def train(
 
 
 def _of_seen(
-    target: Target, data: Dataset, standing: NDArray[np.int64], rows: NDArray[np.int64], said: Predictions
+    target: Target, data: Dataset, seen: Dataset, rows: NDArray[np.int64], said: Predictions
 ) -> tuple[NDArray[np.int64], Predictions]:
-    """What was said of training examples that stand for all, and their places among these."""
+    """What was said of training examples that are in memory, and their places there."""
     places = np.flatnonzero(target.known & ~data.tested)[rows]
-    kept = np.isin(places, standing)
-    return np.searchsorted(standing, places[kept]), said.take(kept)
+    kept = np.isin(places, seen.places)
+    return np.searchsorted(seen.places, places[kept]), said.take(kept)
 
 
 def require_fitting(target: Target, recipe: Recipe) -> None:
@@ -254,8 +250,7 @@ def _judged(
     target: Target,
     recipe: Recipe,
     data: Dataset,
-    seen: pd.DataFrame,
-    standing: NDArray[np.int64],
+    seen: Dataset,
     view: View,
     beside: Controls,
     folds: int,
@@ -282,21 +277,19 @@ def _judged(
         # Labels are doubted by probabilities.
         told["doubted_by"] = doubting = heads.DEFAULT["classification"]
         said = evaluate.held_out(Recipe(target.task, doubting), train, fold(train, folds)).predictions
-    places, said = _of_seen(target, data, standing, found.rows, said)
-    errors = problems.label_errors(seen, target.name, places, said, recipe.log)
+    places, said = _of_seen(target, data, seen, found.rows, said)
+    errors = problems.label_errors(seen.samples, target.name, places, said, recipe.log)
     # Who knows nothing doubts at random.
     errors["likely_error"] &= (facts["better_than"]["dummy"]["low"] or 0) > 0
     return told | facts, fitted.estimator, found, errors
 
 
-def _controls(
-    data: Dataset, seen: pd.DataFrame, standing: NDArray[np.int64], view: View, with_images: bool, device: str
-) -> Controls:
+def _controls(data: Dataset, seen: Dataset, view: View, with_images: bool, device: str) -> Controls:
     few = np.arange(len(seen))
     if data.streamed:
         few = np.sort(np.random.default_rng(SEED).permutation(few)[:MOST_FILES])
-    files = controls.file_facts(seen.iloc[few])
-    found: Controls = {"file": ("random_forest", _all_rows(files, standing[few], len(data)))}
+    files = controls.file_facts(seen.samples.iloc[few])
+    found: Controls = {"file": ("random_forest", _all_rows(files, seen.places[few], len(data)))}
     if with_images:
         trained = np.flatnonzero(~data.tested)
         rows = trained[controls.bounded(data.samples.loc[~data.tested])]
