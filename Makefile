@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install demo test slow lint types lock
+.PHONY: install demo test slow lint types docs notebooks lock
 
 install: .venv/installed
 
@@ -26,6 +26,12 @@ lint: install
 
 types: install
 	$(BIN)/mypy
+
+docs: install
+	$(BIN)/pdoc --docformat numpy --output-directory docs-build features pipeline
+
+notebooks: install
+	$(BIN)/python tests/notebooks.py
 
 lock: install
 	$(BIN)/pip install --quiet pip-tools

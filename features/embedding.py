@@ -140,6 +140,8 @@ def embed(
     seconds: dict[str, float],
     stopped: Stopped,
     progress: Callable[[int], None],
+    fetch: Callable[[str], bytes] | None = None,
+    trusting: bool = False,
 ) -> Iterator[tuple[pa.Table, list[tuple[Target, Vectors]]]]:
     """Read what is to do and embed it, a part at a time.
 
@@ -152,6 +154,10 @@ def embed(
     stopped : callable
     progress : callable
         Called with the samples done.
+    fetch : callable, optional
+        Gives the bytes of one of the plan's files, where they are not at its path or URL.
+    trusting : bool
+        Whether images with embeddings are not decoded, and their facts lack what only decoding tells.
 
     Yields
     ------
@@ -161,13 +167,15 @@ def embed(
         For each view what it is to be given.
     """
 
-    def crops(sha256: str) -> Crops:
+    def crops(sha256: str) -> Crops | None:
         lacking = [stream.backbone() for stream in streams if stream.lacks(sha256)]
+        if trusting and not lacking:
+            return None
         return {backbone.pixels: (backbone.crop, backbone.reduced) for backbone in lacking}
 
     facts: list[dict[str, Any]] = []
     done, begun = 0, time.monotonic()
-    results = read_all(plan.files, crops, lambda: stopped() is not None)
+    results = read_all(plan.files, crops, lambda: stopped() is not None, fetch)
     for result, size in zip(results, plan.sizes.tolist(), strict=False):
         for stage, spent in result.seconds.items():
             seconds[stage] += spent

@@ -31,6 +31,10 @@ class DataError(PermafrostError):
     """The samples do not carry what training needs: a column, labels, enough members per class."""
 
 
+class InputError(PermafrostError, ValueError):
+    """What a scikit-learn estimator of ours was given: its type, its shape, or an image in it that cannot be used."""
+
+
 class Refused(PermafrostError):
     """What lies on disk is not what it must be, and going on would mix or run what nobody asked for."""
 

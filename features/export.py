@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
@@ -21,8 +21,6 @@ from features.store import FeatureStore
 from features.views import View
 
 Format = Literal["parquet", "csv", "arrow"]
-ROWS = 8192
-"""At most so many rows are joined at a time, however many samples share an image."""
 
 
 def export(store: FeatureStore, view: View, out: Path, format: Format, wide: bool) -> int:
@@ -41,12 +39,26 @@ def export(store: FeatureStore, view: View, out: Path, format: Format, wide: boo
     wide : bool
         One column ``embedding_0`` and so on for each dimension, instead of one list.
 
+    Returns
+    -------
+    int
+
     Raises
     ------
     DataError
         If `out` cannot be a file, or a source's own column has the name of one of `wide`.
+
+    Examples
+    --------
+    >>> import pandas as pd
+    >>> from features.store import FeatureStore
+    >>> store = FeatureStore.open("store")
+    >>> export(store, store.pick_view(), Path("images.parquet"), "parquet", wide=False)
+    24
+    >>> len(pd.read_parquet("images.parquet")["embedding"][0])
+    1280
     """
-    _require_file(out)
+    require_file(out)
     listing = store.snapshot().samples
     names = [f"embedding_{place}" for place in range(view.dim)] if wide else ["embedding"]
     clash = {name.lower() for name in names} & {name.lower(): name for name in samples.own_columns(listing)}.keys()
@@ -55,21 +67,45 @@ def export(store: FeatureStore, view: View, out: Path, format: Format, wide: boo
     types = [pa.float32()] * view.dim if wide else [pa.list_(pa.float32(), view.dim)]
     fields = [listing.schema.field(name) for name in listing.column_names]
     schema = pa.schema([*fields, *(pa.field(name, kind) for name, kind in zip(names, types, strict=True))])
-    aside = out.absolute().with_name(f".{out.name}.tmp")
-    try:
-        # Never a Python file; see `features.files.Root.open_native`.
-        with pa.OSFile(str(aside), "wb") as sink, _writer(sink, schema, format, listing.column_names) as writer:
-            for rows, vectors in _joined(store, view, listing):
-                columns = listing.take(pa.array(rows)).columns + _columns(vectors, len(rows), types)
-                table = pa.table(columns, schema=schema)
-                writer.write(_flat(table) if format == "csv" else table)
-        aside.replace(out)
-    finally:
-        aside.unlink(missing_ok=True)
+    with whole_table(out, schema, format, listing.column_names) as write:
+        for rows, vectors in _joined(store, view, listing):
+            columns = listing.take(pa.array(rows)).columns + _columns(vectors, len(rows), types)
+            write(pa.table(columns, schema=schema))
     return len(listing)
 
 
-def _require_file(out: Path) -> None:
+@contextmanager
+def whole_table(
+    out: Path, schema: pa.Schema, format: Format, repeated: list[str]
+) -> Iterator[Callable[[pa.Table], None]]:
+    """A file that is there once all of its rows are, and not at all if an error comes before; yields what adds rows.
+
+    Parameters
+    ----------
+    out : pathlib.Path
+    schema : pyarrow.Schema
+    format : str
+    repeated : list of str
+        Columns whose values may repeat themselves, for which Parquet keeps dictionaries.
+    """
+    aside = out.absolute().with_name(f".{out.name}.tmp")
+    try:
+        # Never a Python file; see `features.files.Root.open_native`.
+        with pa.OSFile(str(aside), "wb") as sink, _writer(sink, schema, format, repeated) as writer:
+            yield lambda table: writer.write(_flat(table) if format == "csv" else table)
+        aside.replace(out)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def require_file(out: Path) -> None:
+    """Check, before the work, that a file may be written there.
+
+    Raises
+    ------
+    DataError
+        If its folder is not there, or it is one.
+    """
     if not out.absolute().parent.is_dir():
         raise DataError(f"folder {out.absolute().parent} is not there; make it first, or write elsewhere")
     if out.is_dir():
@@ -80,28 +116,13 @@ def _joined(
     store: FeatureStore, view: View, listing: pa.Table
 ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32] | None]]:
     """Rows of the listing, each once, with their embeddings; None for those that have none."""
-    readable = pc.equal(listing["status"], "ok")
-    keys = pc.if_else(readable, listing["sha256"], pa.scalar(None, pa.string()))
-    codes, unique = pd.factorize(keys.to_pandas().to_numpy(object))
-    index, order = pd.Index(unique, dtype=object), np.argsort(codes, kind="stable")
-    starts = np.searchsorted(codes[order], np.arange(len(unique) + 1))
     left = np.ones(len(listing), bool)
-    for _, sha256, vectors in parts.each(store.root, view):
-        code = index.get_indexer(pd.Index(sha256, dtype=object))
-        have = np.flatnonzero(code >= 0)
-        counts = starts[code[have] + 1] - starts[code[have]]
-        # The samples of one image lie side by side in `order`.
-        ends = np.cumsum(counts)
-        rows = order[np.arange(counts.sum()) + np.repeat(starts[code[have]] - ends + counts, counts)]
-        rows, first = np.unique(rows, return_index=True)
-        place = np.repeat(have, counts)[first][left[rows]]
-        rows = rows[left[rows]]
+    for rows, vectors in parts.join(store.root, view, samples.readable(listing)):
         left[rows] = False
-        for start in range(0, len(rows), ROWS):
-            yield rows[start : start + ROWS], vectors[place[start : start + ROWS]]
+        yield rows, vectors
     rows = np.flatnonzero(left)
-    for start in range(0, len(rows), ROWS):
-        yield rows[start : start + ROWS], None
+    for start in range(0, len(rows), parts.ROWS):
+        yield rows[start : start + parts.ROWS], None
 
 
 def _columns(vectors: NDArray[np.float32] | None, rows: int, types: list[pa.DataType]) -> list[pa.Array]:

@@ -79,6 +79,19 @@ def extract(
         If `stopped` said so; what was finished is kept.
     TooManyFailures
         If there are more than `max_failures`, having published.
+
+    Examples
+    --------
+    >>> from features.sources import list_source
+    >>> from features.store import FeatureStore
+    >>> from features.views import Request
+    >>> store = FeatureStore.open_or_new("new")
+    >>> record = extract(list_source("photos"), store, [Request.parse("tiny")])
+    >>> record["opened"], record["embedded"], record["failed"]
+    (24, 24, 0)
+    >>> again = extract(list_source("photos"), store, [Request.parse("tiny")])
+    >>> again["listed"], again["opened"], again["outcome"]
+    (24, 0, 'unchanged')
     """
     views = named(requests, view)
     most = guards.most(max_failures, len(source.listing), "--max-failures")
@@ -104,7 +117,28 @@ def extract(
 
 
 def preview(source: Source, store: FeatureStore, requests: list[Request], view: str | None = None) -> dict[str, Any]:
-    """What a run would do: samples ``listed``, ``to_open``, and ``gone`` from the listing; writes nothing."""
+    """What a run would do: samples ``listed``, ``to_open``, and ``gone`` from the listing; writes nothing.
+
+    Parameters
+    ----------
+    source : Source
+    store : FeatureStore
+    requests : list of Request
+    view : str, optional
+        Name of the view, of one request only.
+
+    Returns
+    -------
+    dict
+
+    Examples
+    --------
+    >>> from features.sources import list_source
+    >>> from features.store import FeatureStore
+    >>> from features.views import Request
+    >>> preview(list_source("photos"), FeatureStore.open("store"), [Request.parse("tiny")])["to_open"]
+    0
+    """
     views, before = named(requests, view), store.snapshot()
     to_open = len(look_ahead(source, store, views, before).plan.todo)
     gone = len(guards.gone(source, before)[1]) if source.whole else 0

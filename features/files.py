@@ -71,6 +71,11 @@ class Root:
         """Whether the directory is on this machine's filesystem."""
         return "file" in self.fs.protocol
 
+    @property
+    def url(self) -> str:
+        """The directory, as a user may name it anywhere on this machine; without credentials."""
+        return self.path if self.is_local else str(self.fs.unstrip_protocol(self.path))
+
     def at(self, name: str) -> str:
         """Path of one file, as `fs` spells it."""
         return f"{self.path}/{name}"

@@ -160,9 +160,8 @@ def fill(
 
     for facts, vectors in embedding.embed(plan, streams, seconds, stopped, tell):
         since = time.perf_counter()
-        versions = {library: version(library) for library in runs.LIBRARIES}
         for target, some in vectors:
-            embedded += _add(store, target, some, versions)
+            embedded += add(store, target, some)
         read.append(facts)
         pending.append(runs.keep(store.root, source.name, facts))
         seconds["write"] += time.perf_counter() - since
@@ -177,6 +176,45 @@ def fill(
     ran_on = next((f"{stream.loaded.forward.device}" for stream in streams if stream.loaded), None)
     views = [target.view for target in ahead.targets if target.view]
     return Filled(views, rows, pending, counts, seconds, readers, ran_on)
+
+
+def fill_as(
+    view: View,
+    source: Source,
+    store: FeatureStore,
+    *,
+    weights: str | None = None,
+    device: str = AUTO,
+    progress: Progress = lambda done, total, busy: None,
+) -> Filled:
+    """Embed what a source has as a view does that may be another store's, and list nothing.
+
+    Parameters
+    ----------
+    view : View
+    source : Source
+    store : FeatureStore
+        Embeddings in it are not computed again, and new ones are added to it.
+    weights : str, optional
+        Where the weight file is now.
+    device : str
+    progress : callable, optional
+
+    Raises
+    ------
+    ViewMismatch
+        If the weights, or the store's view of that name, are not those of the view.
+    """
+    request = view.request
+    if weights:
+        request = replace(Request.parse(request.backbone, weights), layer=request.layer, pooling=request.pooling)
+        request = request.resolved(view.request.precision)
+    same = [name for name, other in store.views().items() if other.fingerprint == view.fingerprint]
+    ahead = look_ahead(source, store, {(same or [view.name])[0]: request}, store.snapshot(), expected=view)
+    filled = fill(source, store, ahead, device=device, progress=progress, expected=view)
+    # What is not listed is in no snapshot, so that none will ever make these files needless.
+    runs.drop(store.root, filled.pending)
+    return filled
 
 
 def _by_model(targets: list[Target]) -> list[list[Target]]:
@@ -225,10 +263,11 @@ def _known(view: View | None) -> View:
     return view
 
 
-def _add(store: FeatureStore, target: Target, vectors: Vectors, versions: dict[str, str]) -> int:
+def add(store: FeatureStore, target: Target, vectors: Vectors) -> int:
     """Write a part, unless there is nothing new; returns how many vectors it has."""
     if not vectors:
         return 0
+    versions = {library: version(library) for library in runs.LIBRARIES}
     return parts.add(
         store.root, _known(target.view), list(vectors), np.stack(list(vectors.values())), target.present, versions
     )

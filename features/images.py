@@ -6,7 +6,8 @@ The policy is part of every view's spec. Whoever changes what it does to any ima
 from __future__ import annotations
 
 import io
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -95,13 +96,12 @@ def decode(data: bytes, large: AbstractContextManager[None] | None = None, reduc
     """
     if not data:
         raise ImageError("empty", "the file has no bytes")
-    try:
+    with _told_as_image_error():
         image: Image.Image = Image.open(io.BytesIO(data), formats=_formats())
         kind, (width, height) = image.format, image.size
         costs = "progressive" if "progressive" in image.info else f"{kind}"
         memory = len(data) + width * height * _BYTES_PER_PIXEL.get(costs, _OTHERS_BYTES_PER_PIXEL)
-        if memory > MAX_MEMORY or max(width, height) > MAX_ASPECT * min(width, height):
-            raise ImageError("too_large", f"{width} x {height} pixels")
+        _require_bearable(memory, width, height)
         with large if large and memory >= LARGE else nullcontext():
             drafted = reduced and isinstance(image, JpegImageFile) and image.draft(None, (REDUCED_SIDE, REDUCED_SIDE))
             image.load()
@@ -114,6 +114,35 @@ def decode(data: bytes, large: AbstractContextManager[None] | None = None, reduc
         elif turn in _LYING:
             width, height = height, width
         return Decoded(image, width, height, f"{kind}")
+
+
+def as_file(image: Image.Image) -> bytes:
+    """The bytes of a PPM file of an image's pixels: RGB and upright, as `POLICY` has it, and not compressed.
+
+    Nothing but the pixels decides them, no library's version either, so that their SHA-256 is a key like any file's.
+
+    Raises
+    ------
+    ImageError
+        As `decode` does.
+    """
+    with _told_as_image_error():
+        _require_bearable(image.width * image.height * _OTHERS_BYTES_PER_PIXEL, *image.size)
+        image.load()
+        turn = _turn(image)
+        rgb = _to_rgb(image if turn is None else image.transpose(turn))
+        return b"P6\n%d %d\n255\n" % rgb.size + rgb.tobytes()
+
+
+def _require_bearable(memory: int, width: int, height: int) -> None:
+    if memory > MAX_MEMORY or max(width, height) > MAX_ASPECT * min(width, height):
+        raise ImageError("too_large", f"{width} x {height} pixels")
+
+
+@contextmanager
+def _told_as_image_error() -> Iterator[None]:
+    try:
+        yield
     except ImageError:
         raise
     except UnidentifiedImageError:

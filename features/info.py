@@ -15,6 +15,10 @@ from features.store import FeatureStore
 def describe(store: FeatureStore) -> dict[str, Any]:
     """Count a store's samples, failures and embeddings.
 
+    Parameters
+    ----------
+    store : FeatureStore
+
     Returns
     -------
     dict
@@ -23,6 +27,15 @@ def describe(store: FeatureStore) -> dict[str, Any]:
         ``dim``, ``images``, the ``samples`` listed and readable that it covers and those it is ``lacking``, ``parts``,
         ``bytes`` and ``fingerprint``; ``snapshots``: how many are ``kept``, ``pinned``, and their ``bytes``;
         ``pending``, the files that runs left which did not end.
+
+    Examples
+    --------
+    >>> from features.store import FeatureStore
+    >>> told = describe(FeatureStore.open("store"))
+    >>> told["snapshot"], told["columns"], told["failures"]
+    (1, ['label', 'split'], {})
+    >>> [(view["dim"], view["images"], view["lacking"]) for view in told["views"].values()]
+    [(1280, 24, 0)]
     """
     snapshot = store.snapshot()
     table = snapshot.samples

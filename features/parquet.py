@@ -21,7 +21,8 @@ PART_SETTINGS: dict[str, Any] = {
     "write_statistics": ["sha256"],
     "write_page_checksum": True,
 }
-_KEY = b"permafrost"
+META = b"permafrost"
+"""Key of the facts beside the columns, as JSON, among a schema's metadata."""
 
 
 def encode(table: pa.Table, meta: dict[str, Any]) -> bytes:
@@ -46,13 +47,26 @@ def open_file(file: pa.NativeFile) -> tuple[pq.ParquetFile, dict[str, Any]]:
         The facts beside the columns.
     """
     opened = pq.ParquetFile(file, page_checksum_verification=True)
-    return opened, json.loads(opened.schema_arrow.metadata[_KEY])
+    return opened, json.loads(opened.schema_arrow.metadata[META])
 
 
 def decode(content: bytes) -> tuple[pa.Table, dict[str, Any]]:
     """Decode what `encode` made: the listing, and the facts beside its columns."""
     opened, meta = open_file(pa.BufferReader(content))
     return opened.read().replace_schema_metadata(None), meta
+
+
+def part_schema(dim: int) -> pa.Schema:
+    """What the columns of a part are."""
+    vectors = pa.list_(pa.field("element", pa.float32(), nullable=False), dim)
+    return pa.schema([pa.field("sha256", pa.string(), nullable=False), pa.field("embedding", vectors, nullable=False)])
+
+
+def part_table(sha256: list[str], embeddings: NDArray[np.float32]) -> pa.Table:
+    """What a part holds, by `part_schema`."""
+    schema, values = part_schema(embeddings.shape[1]), np.ascontiguousarray(embeddings, np.float32).reshape(-1)
+    vectors = pa.FixedSizeListArray.from_arrays(pa.array(values), type=schema.field("embedding").type)
+    return pa.table([pa.array(sha256, pa.string()), vectors], schema=schema)
 
 
 def encode_part(sha256: list[str], embeddings: NDArray[np.float32], meta: dict[str, Any]) -> bytes:
@@ -65,17 +79,10 @@ def encode_part(sha256: list[str], embeddings: NDArray[np.float32], meta: dict[s
         float32, shape (images, dim).
     meta : dict
     """
-    dim = embeddings.shape[1]
-    values = pa.array(np.ascontiguousarray(embeddings, np.float32).reshape(-1))
-    vectors = pa.FixedSizeListArray.from_arrays(
-        values, type=pa.list_(pa.field("element", pa.float32(), nullable=False), dim)
-    )
-    fields = [pa.field("sha256", pa.string(), nullable=False), pa.field("embedding", vectors.type, nullable=False)]
-    table = pa.table([pa.array(sha256, pa.string()), vectors], schema=pa.schema(fields))
-    sink = io.BytesIO()
-    pq.write_table(_with_meta(table, meta), sink, data_page_size=ROW_GROUP * dim * 4, **PART_SETTINGS)
+    table, sink = _with_meta(part_table(sha256, embeddings), meta), io.BytesIO()
+    pq.write_table(table, sink, data_page_size=ROW_GROUP * embeddings.shape[1] * 4, **PART_SETTINGS)
     return sink.getvalue()
 
 
 def _with_meta(table: pa.Table, meta: dict[str, Any]) -> pa.Table:
-    return table.replace_schema_metadata({_KEY: json.dumps(meta)})
+    return table.replace_schema_metadata({META: json.dumps(meta)})

@@ -9,11 +9,13 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator
+from collections.abc import Set as AbstractSet
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -28,6 +30,8 @@ from features.views import View
 FORMAT = 1
 """Of everything under a store's root. Raise it when an older reader would misread or miss a row; keep reading the
 older ones, and keep a store of each in the tests."""
+ROWS = 8192
+"""At most so many images are joined at a time, however many of them are the same."""
 
 
 @dataclass
@@ -45,8 +49,8 @@ def names(root: Root, view: View) -> list[str]:
 
 def look(root: Root, view: View, present: Present) -> None:
     """Bring `present` up to date with the parts of a view; only new parts are read, and of those only the keys."""
-    for name, keys in _keys(root, view, present.parts):
-        present.sha256.update(keys.to_pylist())
+    for name, sha256 in keys(root, view, present.parts):
+        present.sha256.update(sha256.to_pylist())
         present.parts.add(name)
 
 
@@ -115,19 +119,10 @@ def gather(root: Root, view: View, wanted: pa.ChunkedArray) -> tuple[NDArray[np.
     """
     out, found = np.empty((len(wanted), view.dim), np.float32), np.zeros(len(wanted), bool)
     while True:
-        parts = list(_keys(root, view, set()))
-        place = _places(pa.chunked_array([chunk for _, keys in parts for chunk in keys.chunks], pa.string()), wanted)
-        # Of doubles the first counts, and what was found before a part vanished stays; the last slot is for -1.
-        at, first = np.arange(len(place)), np.empty(len(wanted) + 1, np.int64)
-        first[place[::-1]] = at[::-1]
-        target = np.where((first[place] == at) & ~np.append(found, True)[place], place, -1)
-        ends = np.cumsum([len(keys) for _, keys in parts], dtype=np.int64)
-        targets = np.split(target, ends[:-1]) if parts else []
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             jobs = [
-                pool.submit(_scatter, root, view, name, some, out, found)
-                for (name, _), some in zip(parts, targets, strict=True)
-                if (some >= 0).any()
+                pool.submit(_scatter, root, view, name, target, out, found)
+                for name, target in _targets(root, view, wanted, found)
             ]
         if not any(job.result() for job in jobs):
             break
@@ -136,6 +131,64 @@ def gather(root: Root, view: View, wanted: pa.ChunkedArray) -> tuple[NDArray[np.
         first = _places(wanted.take(pa.array(again)), wanted)
         out[again], found[again] = out[first], (first >= 0) & found[first]
     return found, out
+
+
+def scan(root: Root, view: View, wanted: pa.ChunkedArray) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
+    """Read the embeddings of some images row group by row group; of what memory holds, only the keys are many.
+
+    Parameters
+    ----------
+    root : Root
+    view : View
+    wanted : pyarrow.ChunkedArray
+        SHA-256 of the images; nulls are not found.
+
+    Yields
+    ------
+    rows : numpy.ndarray
+        int64: some of the images. Each that the view has an embedding of comes once, by the first row that is its.
+    embeddings : numpy.ndarray
+        float32, shape (rows, dim).
+    """
+    found, vanished = np.zeros(len(wanted), bool), True
+    while vanished:
+        vanished = False
+        for name, target in _targets(root, view, wanted, found):
+            try:
+                for rows, vectors in _groups(root, view, name, target):
+                    found[rows] = True
+                    yield rows, vectors.view(np.float32)
+            except FileNotFoundError:
+                vanished = True
+
+
+def _targets(
+    root: Root, view: View, wanted: pa.ChunkedArray, found: NDArray[np.bool_]
+) -> list[tuple[str, NDArray[np.int64]]]:
+    """By part: which of the images not found yet each row is, else -1; parts without any are left out."""
+    parts = list(keys(root, view))
+    place = _places(pa.chunked_array([chunk for _, some in parts for chunk in some.chunks], pa.string()), wanted)
+    # Of doubles the first counts, and what was found before a part vanished stays; the last slot is for -1.
+    at, first = np.arange(len(place)), np.empty(len(wanted) + 1, np.int64)
+    first[place[::-1]] = at[::-1]
+    target = np.where((first[place] == at) & ~np.append(found, True)[place], place, -1)
+    ends = np.cumsum([len(some) for _, some in parts], dtype=np.int64)
+    targets = np.split(target, ends[:-1]) if parts else []
+    return [(name, some) for (name, _), some in zip(parts, targets, strict=True) if (some >= 0).any()]
+
+
+def _groups(
+    root: Root, view: View, name: str, target: NDArray[np.int64]
+) -> Iterator[tuple[NDArray[np.int64], NDArray[np.uint8]]]:
+    """Read those row groups of a part in which a row has a target: the targets, and their vectors as bytes."""
+    end = 0
+    with opened(root, view, name) as (file, part, _):
+        for group in range(part.num_row_groups):
+            start, end = end, end + part.metadata.row_group(group).num_rows
+            to = target[start:end]
+            if (here := to >= 0).any():
+                vectors = read_vectors(file, part, group, view.dim)
+                yield to[here], vectors if here.all() else vectors[here]
 
 
 def _places(keys: pa.ChunkedArray, among: pa.ChunkedArray) -> NDArray[np.int64]:
@@ -149,19 +202,49 @@ def _scatter(
     root: Root, view: View, name: str, target: NDArray[np.int64], out: NDArray[np.float32], found: NDArray[np.bool_]
 ) -> bool:
     """Put a part's vectors into rows of `out`; returns whether the part is gone."""
-    rows, end = out.view(np.uint8), 0
+    rows = out.view(np.uint8)
     try:
-        with opened(root, view, name) as (file, part, _):
-            for group in range(part.num_row_groups):
-                start, end = end, end + part.metadata.row_group(group).num_rows
-                to = target[start:end]
-                if (here := to >= 0).any():
-                    vectors = read_vectors(file, part, group, view.dim)
-                    rows[to[here]] = vectors if here.all() else vectors[here]
-                    found[to[here]] = True
+        for to, vectors in _groups(root, view, name, target):
+            rows[to] = vectors
+            found[to] = True
     except FileNotFoundError:
         return True
     return False
+
+
+def join(root: Root, view: View, wanted: pa.ChunkedArray) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
+    """Read the embeddings of some images part by part, since memory may not hold them all.
+
+    Parameters
+    ----------
+    root : Root
+    view : View
+    wanted : pyarrow.ChunkedArray
+        SHA-256 of the images; may repeat itself, and nulls are not found.
+
+    Yields
+    ------
+    rows : numpy.ndarray
+        int64, ascending: some of the images. Each that the view has an embedding of comes once.
+    embeddings : numpy.ndarray
+        float32, shape (rows, dim).
+    """
+    codes, unique = pd.factorize(wanted.to_pandas().to_numpy(object))
+    # One index for all parts; Arrow would make a new one for each of them, from a million keys every time.
+    index, order = pd.Index(unique, dtype=object), np.argsort(codes, kind="stable")
+    starts = np.searchsorted(codes[order], np.arange(len(unique) + 1))
+    for _, sha256, vectors in each(root, view):
+        code = index.get_indexer(pd.Index(sha256, dtype=object))
+        have = np.flatnonzero(code >= 0)
+        counts = starts[code[have] + 1] - starts[code[have]]
+        # The rows of one image lie side by side in `order`.
+        ends = np.cumsum(counts)
+        rows = order[np.arange(counts.sum()) + np.repeat(starts[code[have]] - ends + counts, counts)]
+        # A part that another program wrote may hold doubles.
+        rows, first = np.unique(rows, return_index=True)
+        place = np.repeat(have, counts)[first]
+        for start in range(0, len(rows), ROWS):
+            yield rows[start : start + ROWS], vectors[place[start : start + ROWS]]
 
 
 def each(root: Root, view: View) -> Iterator[tuple[str, list[str], NDArray[np.float32]]]:
@@ -194,7 +277,7 @@ def read(root: Root, view: View, name: str) -> tuple[list[str], NDArray[np.float
         return keys, np.concatenate(groups).view(np.float32).reshape(len(keys), view.dim)
 
 
-def _keys(root: Root, view: View, known: set[str]) -> Iterator[tuple[str, pa.ChunkedArray]]:
+def keys(root: Root, view: View, known: AbstractSet[str] = frozenset()) -> Iterator[tuple[str, pa.ChunkedArray]]:
     """Name and SHA-256 of each part that is not known yet."""
     done = set(known)
     while True:

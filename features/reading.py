@@ -80,7 +80,10 @@ def threads_for(uris: list[str]) -> int:
 
 
 def read_all(
-    uris: list[str], crops: Callable[[str], Crops], stopped: Callable[[], bool] = lambda: False
+    uris: list[str],
+    crops: Callable[[str], Crops | None],
+    stopped: Callable[[], bool] = lambda: False,
+    fetch: Callable[[str], bytes] | None = None,
 ) -> Iterator[Reading]:
     """Read samples in threads.
 
@@ -88,9 +91,12 @@ def read_all(
     ----------
     uris : list of str
     crops : callable
-        Says by the SHA-256 of an image which pixels are needed of it; it may load a model first.
+        Says by the SHA-256 of an image which pixels are needed of it, or None if it need not even be decoded; it may
+        load a model first.
     stopped : callable, optional
         Whether to end early.
+    fetch : callable, optional
+        Gives the bytes of one of `uris`, or raises ImageError; by default those at a path or URL.
 
     Yields
     ------
@@ -106,7 +112,7 @@ def read_all(
     def work() -> None:
         while job := jobs.get():
             try:
-                job.result = _read(job, crops, hopeless, one_large)
+                job.result = _read(job, fetch or locations.read, crops, hopeless, one_large)
             except BaseException as error:  # Whoever takes the result raises it.
                 job.result = error
             job.done.set()
@@ -154,7 +160,13 @@ def read_all(
             thread.join(max(0.0, patience - time.monotonic()))
 
 
-def _read(job: _Job, crops: Callable[[str], Crops], hopeless: list[str], one_large: Lock) -> Reading:
+def _read(
+    job: _Job,
+    fetch: Callable[[str], bytes],
+    crops: Callable[[str], Crops | None],
+    hopeless: list[str],
+    one_large: Lock,
+) -> Reading:
     @contextmanager
     def alone() -> Iterator[None]:
         job.deadline = math.inf
@@ -171,18 +183,18 @@ def _read(job: _Job, crops: Callable[[str], Crops], hopeless: list[str], one_lar
     seconds, pixels = {"read": 0.0, "decode": 0.0}, dict[str, Any]()
     try:
         begun = time.perf_counter()
-        data = _fetch(job, hopeless)
+        data = _fetch(job, fetch, hopeless)
         facts |= {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
         seconds["read"] = time.perf_counter() - begun
         job.deadline = math.inf
         wanted = crops(facts["sha256"])
         begun = time.thread_time()
         # Whoever wants no pixels has it checked nonetheless.
-        for reduced in {reduced for _, reduced in wanted.values()} or {True}:
+        for reduced in () if wanted is None else {reduced for _, reduced in wanted.values()} or {True}:
             job.may_take(SECONDS_TO_DECODE)
             decoded = images.decode(data, alone(), reduced)
             facts |= {"width": decoded.width, "height": decoded.height, "format": decoded.format}
-            pixels |= {name: crop(decoded.image) for name, (crop, how) in wanted.items() if how == reduced}
+            pixels |= {name: crop(decoded.image) for name, (crop, how) in (wanted or {}).items() if how == reduced}
         seconds["decode"] = time.thread_time() - begun
     except ImageError as error:
         facts |= {"status": "failed", "error": str(error)}
@@ -191,11 +203,11 @@ def _read(job: _Job, crops: Callable[[str], Crops], hopeless: list[str], one_lar
     return Reading(facts, pixels if facts["status"] == "ok" else {}, seconds)
 
 
-def _fetch(job: _Job, hopeless: list[str]) -> bytes:
+def _fetch(job: _Job, fetch: Callable[[str], bytes], hopeless: list[str]) -> bytes:
     for delay in (*DELAYS, None):
         job.may_take(SECONDS_TO_READ)
         try:
-            return locations.read(job.uri)
+            return fetch(job.uri)
         except ImageError as error:
             if error.code != "unreachable" or delay is None or len(hopeless) >= HOPELESS:
                 hopeless += [job.uri] if error.code == "unreachable" else []

@@ -73,6 +73,11 @@ def empty() -> pa.Table:
     return SCHEMA.empty_table()
 
 
+def readable(listing: pa.Table) -> pa.ChunkedArray:
+    """SHA-256 of the samples that could be read and decoded, null for the others."""
+    return pc.if_else(pc.equal(listing["status"], "ok"), listing["sha256"], pa.scalar(None, pa.string()))
+
+
 def read_rows(listing: pa.Table, facts: list[dict[str, Any]]) -> pa.Table:
     """Rows by `READING`, from some rows of a listing and what reading each of them told."""
     rows = [

@@ -33,10 +33,20 @@ class Shard:
     def parse(cls, text: str) -> Shard:
         """Read ``i/n``.
 
+        Parameters
+        ----------
+        text : str
+
         Raises
         ------
         SourceError
             If it is not of that form, or i is not below n.
+
+        Examples
+        --------
+        >>> from features.sources import list_source
+        >>> [len(list_source("photos", shard=Shard.parse(f"{index}/2")).listing) for index in range(2)]
+        [14, 10]
         """
         match = re.fullmatch(r"(\d{1,9})/(\d{1,9})", text)
         if not match or int(match[1]) >= int(match[2]):

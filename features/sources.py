@@ -75,10 +75,22 @@ def list_source(
     limit : int, optional
         Take only the first so many samples by id.
 
+    Returns
+    -------
+    Source
+
     Raises
     ------
     SourceError
         If there is no such source, or the table or the template does not fit.
+
+    Examples
+    --------
+    >>> source = list_source("photos")
+    >>> source.listing.select(["id", "label", "split"]).slice(0, 1).to_pylist()
+    [{'id': 'test/blue/20.png', 'label': 'blue', 'split': 'test'}]
+    >>> list_source("photos.csv", image="file", id_column="number").listing.column_names
+    ['id', 'uri', 'version', 'number', 'label', 'weight']
     """
     listed_at, begun = datetime.now(UTC).isoformat(), time.perf_counter()
     path = locations.local_path(location)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -17,13 +17,17 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from features import parts, samples
+from features import parts, samples, tabular
 from features.errors import DataError, StoreError
 from features.files import Root, encode_json, now
 from features.parquet import decode, encode, open_file
 from features.parts import FORMAT
 from features.shards import ALL, Shard
 from features.views import View
+
+if TYPE_CHECKING:
+    import polars
+    import pyarrow.dataset as ds
 
 Outcome = Literal["published", "unchanged", "superseded"]
 
@@ -70,7 +74,19 @@ class Loaded(NamedTuple):
 
 @dataclass(frozen=True)
 class FeatureStore:
-    """A feature store on a local disk or an object store."""
+    """A feature store on a local disk or an object store.
+
+    Examples
+    --------
+    >>> store = FeatureStore.open("store")
+    >>> FeatureStore.is_store("store"), FeatureStore.open_or_new("new").views(), store.snapshot().number
+    (True, {}, 1)
+    >>> ids, embeddings, samples = store.load()
+    >>> embeddings.shape, samples["label"][0], store.pick_view().dim
+    ((24, 1280), 'blue', 1280)
+    >>> sum(len(embeddings) for ids, embeddings, samples in store.iter_batches())
+    24
+    """
 
     root: Root
 
@@ -120,12 +136,12 @@ class FeatureStore:
     # The listing
 
     def snapshot(self, number: int | None = None) -> Snapshot:
-        """Read one state of the listing, the newest by default."""
-        number = self._newest() if number is None else number
+        """Read one state of the listing, the newest by default; StoreError if it is not there, or damaged."""
+        number = self.newest() if number is None else number
         if number == 0:
             return Snapshot(0, "", samples.empty(), {})
         try:
-            content = self.root.read(_snapshot_file(number))
+            content = self.root.read(self.snapshot_file(number))
         except FileNotFoundError:
             raise StoreError(f"{self.root.path} has no snapshot {number}") from None
         try:
@@ -185,22 +201,28 @@ class FeatureStore:
             stamps = base.listed | {source: {str(other): at for other, at in listed.items()}}
             meta = {"format": FORMAT, "number": number, "created": now().isoformat(), "listed": stamps}
             content = encode(merged, meta | {"previous": base.digest})
-            if self.root.create(_snapshot_file(number), content):
+            if self.root.create(self.snapshot_file(number), content):
                 return Snapshot(number, hashlib.sha256(content).hexdigest(), merged, stamps), "published"
 
     def refresh_listing(self) -> None:
         """Make `samples.parquet`, which plain tools read, a copy of the newest snapshot."""
-        while (newest := self._newest()) != self._listing_number():
-            self.root.replace("samples.parquet", self.root.read(_snapshot_file(newest)))
+        while (newest := self.newest()) != self._listing_number():
+            self.root.replace("samples.parquet", self.root.read(self.snapshot_file(newest)))
 
     def pin(self, snapshot: Snapshot, owner: str) -> None:
         """Mark a snapshot as the training set of a bundle, so that it is kept."""
         name = f"snapshots/{snapshot.number:06d}.pin"
         self.root.create(name, encode_json({"digest": snapshot.digest, "owner": owner, "at": now().isoformat()}))
 
-    def _newest(self) -> int:
+    def newest(self) -> int:
+        """Number of the newest snapshot; 0 before anything was published."""
         names = [name.removesuffix(".parquet") for name in self.root.names("snapshots") if name.endswith(".parquet")]
         return max((int(name) for name in names if name.isdecimal()), default=0)
+
+    @staticmethod
+    def snapshot_file(number: int) -> str:
+        """Name of the file of a snapshot."""
+        return f"snapshots/{number:06d}.parquet"
 
     def _listing_number(self) -> int:
         # Plain tools may have overwritten or damaged this one file; then it is made anew.
@@ -281,11 +303,7 @@ class FeatureStore:
         DataError
             If there is no such view.
         """
-        table = self.snapshot().samples
-        table = table.filter(pc.equal(table["status"], "ok"))
-        found, embeddings = parts.gather(self.root, self.pick_view(view), table["sha256"])
-        if not found.all():
-            table, embeddings = table.filter(pa.array(found)), embeddings[found]
+        table, embeddings = tabular.read(self, view)
         return Loaded(table["id"].to_numpy(), embeddings, table.to_pandas())
 
     def iter_batches(self, view: str | None = None) -> Iterator[Loaded]:
@@ -302,14 +320,25 @@ class FeatureStore:
             If there is no such view.
         """
         table = self.snapshot().samples
-        table = table.filter(pc.equal(table["status"], "ok"))
-        listed = pd.Index(table["sha256"].to_pandas())
-        for _, keys, embeddings in parts.each(self.root, self.pick_view(view)):
-            place = pd.Index(keys).get_indexer(listed)
-            rows = np.flatnonzero(place >= 0)
-            if len(rows):
-                some = table.take(pa.array(rows))
-                yield Loaded(some["id"].to_numpy(), embeddings[place[rows]], some.to_pandas())
+        for rows, embeddings in parts.join(self.root, self.pick_view(view), samples.readable(table)):
+            some = table.take(pa.array(rows))
+            yield Loaded(some["id"].to_numpy(), embeddings, some.to_pandas())
+
+    def to_arrow(self, view: str | None = None) -> pa.Table:
+        """The samples that `load` gives, with a column ``embedding``; see `features.tabular.to_arrow`."""
+        return tabular.to_arrow(self, view)
+
+    def to_pandas(self, view: str | None = None) -> pd.DataFrame:
+        """The same as a data frame; see `features.tabular.to_pandas`."""
+        return tabular.to_pandas(self, view)
+
+    def to_polars(self, view: str | None = None) -> polars.DataFrame:
+        """The same as a Polars data frame; see `features.tabular.to_polars`."""
+        return tabular.to_polars(self, view)
+
+    def dataset(self, view: str | None = None) -> ds.Dataset:
+        """A view's parts, read only when asked, doubles included; see `features.tabular.dataset`."""
+        return tabular.dataset(self, view)
 
 
 def _outside(shards: list[Shard], ids: pa.ChunkedArray) -> NDArray[np.bool_]:
@@ -317,7 +346,3 @@ def _outside(shards: list[Shard], ids: pa.ChunkedArray) -> NDArray[np.bool_]:
     for shard in shards:
         outside &= ~shard.holds(ids)
     return outside
-
-
-def _snapshot_file(number: int) -> str:
-    return f"snapshots/{number:06d}.parquet"

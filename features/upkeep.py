@@ -36,10 +36,21 @@ Progress = Callable[[int, int], None]
 def compact(store: FeatureStore, progress: Progress = lambda done, total: None) -> dict[str, int]:
     """Merge small parts of every view into larger ones, and drop doubles, of which the first counts.
 
+    Parameters
+    ----------
+    store : FeatureStore
+    progress : callable, optional
+        Told of the rows that are done, and of how many there are.
+
     Returns
     -------
     dict
         ``parts_before``, ``parts_after``, and ``doubles``: how many rows were dropped.
+
+    Examples
+    --------
+    >>> compact(FeatureStore.open("store"))
+    {'parts_before': 1, 'parts_after': 1, 'doubles': 0}
     """
     counts = dict.fromkeys(("parts_before", "parts_after", "doubles"), 0)
     plans = [(view, *_to_merge(store.root, view)) for view in store.views().values()]
@@ -165,6 +176,11 @@ def vacuum(store: FeatureStore, keep: int, grace: timedelta) -> dict[str, int]:
     ------
     PermafrostError
         If nothing would be kept; as StoreError, if a file is damaged or newer.
+
+    Examples
+    --------
+    >>> vacuum(FeatureStore.open("store"), keep=10, grace=timedelta(days=7))
+    {'snapshots': 0, 'rows': 0, 'parts': 0, 'pending': 0, 'tmp': 0}
     """
     if keep < 1:
         raise PermafrostError(f"--keep {keep} would leave no snapshot; keep at least 1")

@@ -30,10 +30,19 @@ DAMAGE = (pa.ArrowException, OSError, KeyError, IndexError, TypeError, ValueErro
 def verify(store: FeatureStore) -> list[str]:
     """Read everything again, and hold it against its checksums.
 
+    Parameters
+    ----------
+    store : FeatureStore
+
     Returns
     -------
     list of str
         A line with the remedy for each file that is not as it was written; none if the store is sound.
+
+    Examples
+    --------
+    >>> verify(FeatureStore.open("store"))
+    []
     """
     root, digests, found = store.root, dict[int, str](), list[str]()
     found += _check(lambda: ["store.json"], lambda name: _store_json(root, name))

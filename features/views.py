@@ -9,6 +9,7 @@ import hashlib
 import json
 import re
 from dataclasses import asdict, dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,11 @@ class Request:
         is made for and the backbone bears.
     pooling : str
         How a layer's places or tokens become one vector; the penultimate layer is pooled by the model itself.
+
+    Examples
+    --------
+    >>> Request("resnet18", "IMAGENET1K_V1", layer="layer3", pooling="gem").view_name
+    'resnet18-IMAGENET1K_V1-layer3-gem'
     """
 
     backbone: str
@@ -70,10 +76,32 @@ class Request:
     ) -> Request:
         """Resolve the options of the command line.
 
+        Parameters
+        ----------
+        backbone : str
+            A torchvision classification model by its own name, or ``tiny``.
+        weights : str, optional
+            A member of the model's weights enum, ``untrained``, or a state-dict file; ``IMAGENET1K_V1`` by default,
+            or what comes with the package.
+        layer : str, optional
+            A graph node; by default the penultimate layer.
+        precision : str
+            ``fp32``, ``bf16``, ``fp16`` or ``auto``.
+        pooling : str, optional
+            ``avg``, ``max``, ``gem``, ``cls`` or ``flatten``; for layers other than the penultimate.
+
         Raises
         ------
         BackboneError
             For an unknown precision or pooling, and a weight file that is not there.
+
+        Examples
+        --------
+        >>> Request.parse("resnet50").view_name
+        'resnet50-IMAGENET1K_V1-penultimate'
+        >>> Request.parse("resnet50", precision="double")
+        Traceback (most recent call last):
+        features.errors.BackboneError: precision 'double' is unknown; use auto, fp32, bf16, fp16
         """
         for what, value, known in (("precision", precision, PRECISIONS), ("pooling", pooling or "avg", POOLINGS)):
             if value not in known:
@@ -152,14 +180,17 @@ class View:
         ViewMismatch
             Naming what differs, with both values.
         """
-        if fingerprint(spec) == self.fingerprint:
-            return
-        differences = "; ".join(
+        if fingerprint(spec) != self.fingerprint:
+            told = self.differences(spec)
+            raise ViewMismatch(f"view {self.name!r} holds other embeddings: {told}; use --view with a new name")
+
+    def differences(self, spec: dict[str, Any]) -> str:
+        """What another spec has otherwise, with both values."""
+        return "; ".join(
             f"{key} is {self.spec.get(key)!r}, asked for {spec.get(key)!r}"
             for key in sorted(self.spec | spec)
             if self.spec.get(key) != spec.get(key)
         )
-        raise ViewMismatch(f"view {self.name!r} holds other embeddings: {differences}; use --view with a new name")
 
     def to_json(self) -> dict[str, Any]:
         """A description that `from_json` reads back."""
@@ -224,9 +255,15 @@ def fingerprint(spec: dict[str, Any]) -> str:
 
 
 def file_sha256(path: Path) -> str:
-    """SHA-256 (hex) of a weight file's bytes."""
+    """SHA-256 (hex) of a weight file's bytes; read again only when size or time have changed."""
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        status = path.stat()
+        return _sha256(path, status.st_size, status.st_mtime_ns)
     except OSError as error:
         raise BackboneError(f"weight file {path} cannot be read: {error.strerror}") from None
+
+
+@lru_cache
+def _sha256(path: Path, size: int, changed: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -7,87 +7,25 @@ import io
 import json
 import tempfile
 import zipfile
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import joblib
 import numpy as np
 import skops.io
 from numpy.typing import NDArray
 
 from features.errors import BundleError, DataError
 from features.views import View
+from pipeline.audit import TRUSTED, audit, in_short, require_array
+from pipeline.soundness import require_answers, require_sound
 
 FORMAT = 2
 """Of `bundle.json` and the files beside it. Raise it when an older reader would misread one; keep reading the older
 ones, and keep a bundle of each in the tests."""
-
-# Everything our heads are made of, by the name of skops' loader for it. A bundle with anything else is not ours.
-TYPES: dict[str, frozenset[str]] = {
-    "FunctionNode": frozenset({"numpy.exp", "numpy.log"}),
-    "JsonNode": frozenset({"builtins.str"}),
-    "TypeNode": frozenset({"builtins.str"}),
-    "DictNode": frozenset({"builtins.dict"}),
-    "ListNode": frozenset({"builtins.list"}),
-    "TupleNode": frozenset({"builtins.tuple"}),
-    "NdArrayNode": frozenset(
-        f"numpy.{name}" for name in ("ndarray", "float32", "float64", "int64", "uint64", "bool", "str_")
-    ),
-    "RandomGeneratorNode": frozenset({"numpy.random._generator.Generator"}),
-    "TreeNode": frozenset({"sklearn.tree._tree.Tree"}),
-    "LossNode": frozenset(
-        f"sklearn._loss._loss.{name}" for name in ("CyHalfBinomialLoss", "CyHalfMultinomialLoss", "CyHalfSquaredError")
-    ),
-    "ObjectNode": frozenset(
-        f"sklearn.{name}"
-        for name in (
-            "_loss.link.IdentityLink",
-            "_loss.link.Interval",
-            "_loss.link.LogitLink",
-            "_loss.link.MultinomialLogit",
-            "_loss.loss.HalfBinomialLoss",
-            "_loss.loss.HalfMultinomialLoss",
-            "_loss.loss.HalfSquaredError",
-            "calibration.CalibratedClassifierCV",
-            "calibration._CalibratedClassifier",
-            "calibration._SigmoidCalibration",
-            "calibration._TemperatureScaling",
-            "compose._target.TransformedTargetRegressor",
-            "ensemble._forest.RandomForestClassifier",
-            "ensemble._forest.RandomForestRegressor",
-            "ensemble._hist_gradient_boosting.binning._BinMapper",
-            "ensemble._hist_gradient_boosting.gradient_boosting.HistGradientBoostingClassifier",
-            "ensemble._hist_gradient_boosting.gradient_boosting.HistGradientBoostingRegressor",
-            "ensemble._hist_gradient_boosting.predictor.TreePredictor",
-            "linear_model._logistic.LogisticRegression",
-            "linear_model._ridge.Ridge",
-            "linear_model._ridge.RidgeClassifier",
-            "neighbors._classification.KNeighborsClassifier",
-            "neighbors._regression.KNeighborsRegressor",
-            "pipeline.Pipeline",
-            "preprocessing._data.Normalizer",
-            "preprocessing._data.StandardScaler",
-            "preprocessing._function_transformer.FunctionTransformer",
-            "preprocessing._label.LabelBinarizer",
-            "preprocessing._label.LabelEncoder",
-            "svm._classes.LinearSVC",
-            "svm._classes.LinearSVR",
-            "svm._classes.SVC",
-            "svm._classes.SVR",
-            "tree._classes.DecisionTreeClassifier",
-            "tree._classes.DecisionTreeRegressor",
-        )
-    ),
-}
-# Of these, the ones that skops does not trust by itself.
-_TRUSTED = [
-    "sklearn.calibration._CalibratedClassifier",
-    "sklearn.calibration._SigmoidCalibration",
-    "sklearn.calibration._TemperatureScaling",
-    "sklearn.tree._tree.Tree",
-    "sklearn.ensemble._hist_gradient_boosting.predictor.TreePredictor",
-]
-_PLACES = frozenset({"__class__", "__module__", "__loader__", "__id__"})
+MOST_DIM = 2**24
+"""Size of an embedding: a bundle of more numbers would be tried on more memory than there is."""
 
 
 @dataclass(frozen=True)
@@ -135,22 +73,40 @@ def require_free(out: Path) -> None:
 
 
 def save(
-    out: Path, heads: dict[str, Any], facts: dict[str, Any], report: str, reference: NDArray[np.float32] | None = None
+    out: Path,
+    heads: dict[str, Any],
+    facts: dict[str, Any],
+    pages: dict[str, bytes],
+    reference: NDArray[np.float32] | None = None,
+    with_joblib: bool = False,
 ) -> dict[str, Any]:
     """Write a bundle, in the place of an older one if there is one.
+
+    Parameters
+    ----------
+    out : pathlib.Path
+    heads : dict of str to estimator
+        By target.
+    facts : dict
+    pages : dict of str to bytes
+        What lies in the bundle for people, by file name.
+    reference : numpy.ndarray, optional
+        float32, shape (examples, dim).
+    with_joblib : bool
+        Whether to write the heads for plain scikit-learn too. Nothing here ever reads that file.
 
     Returns
     -------
     dict
         `facts` with the format and the files' digests, as `bundle.json` has them.
     """
-    files = {
-        "head.skops": skops.io.dumps(heads, compression=zipfile.ZIP_DEFLATED),
-        "report.md": report.encode(),
-    }
+    files = {"head.skops": skops.io.dumps(heads, compression=zipfile.ZIP_DEFLATED), **pages}
     if reference is not None:
         np.save(embeddings := io.BytesIO(), reference, allow_pickle=False)
         files["reference.npy"] = embeddings.getvalue()
+    if with_joblib:
+        joblib.dump(heads if len(heads) > 1 else next(iter(heads.values())), dumped := io.BytesIO(), compress=3)
+        files["head.joblib"] = dumped.getvalue()
     digests = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
     facts = {"format": FORMAT, **facts, "files": digests}
     facts["sha256"] = _digest(facts)
@@ -171,58 +127,113 @@ def save(
 
 
 def load(path: Path) -> Bundle:
-    """Read a bundle, checking what it is before anything in it is built.
+    """Read a bundle, checking what it is before anything in it is built, and what was built before it predicts.
+
+    Parameters
+    ----------
+    path : pathlib.Path
+
+    Returns
+    -------
+    Bundle
 
     Raises
     ------
     BundleError
-        If it is no bundle, of a newer format, changed, or its head holds a type that is not in `TYPES`.
+        If it is no bundle, of a newer format, changed, its head holds a type that is not in `pipeline.audit.TYPES`, or
+        its parts do not fit each other.
+
+    Examples
+    --------
+    >>> bundle = load(Path("bundle"))
+    >>> list(bundle.heads), bundle.view.dim
+    (['label'], 1280)
+    >>> load(Path("photos"))
+    Traceback (most recent call last):
+    features.errors.BundleError: photos is not a bundle (it has no bundle.json); `permafrost train` makes one
     """
     facts = _read_facts(path)
     if facts.get("sha256") != _digest(facts):
         raise BundleError(f"bundle {path} was changed: bundle.json is not what was saved")
     contents = {}
     for name, digest in facts["files"].items():
-        file = path / name
-        # A name that leads elsewhere, or a pipe in the place of a file, is nobody's bundle.
-        if Path(name).name != name or not file.is_file():
+        # A name that leads elsewhere is nobody's bundle.
+        content = _read(path / name) if Path(name).name == name else None
+        if content is None:
             raise BundleError(f"bundle {path} is incomplete: it has no {name}")
-        contents[name] = file.read_bytes()
-        if hashlib.sha256(contents[name]).hexdigest() != digest:
+        if hashlib.sha256(content).hexdigest() != digest:
             raise BundleError(f"bundle {path} was changed: {name} is not the file that was saved")
+        contents[name] = content
+    if "head.skops" not in contents:
+        raise BundleError(f"bundle {path} is incomplete: it has no head.skops")
     try:
-        audit(contents["head.skops"], path)
-        heads = skops.io.loads(contents["head.skops"], trusted=_TRUSTED)
-        reference = _embeddings(contents.get("reference.npy"))
+        heads = skops.io.loads(audit(contents["head.skops"], path), trusted=TRUSTED)
+        if facts["format"] == 1:
+            # There was one target, and its head was the file.
+            facts = facts | {"targets": [{"name": facts["target"], "classes": facts["classes"]}]}
+            heads = {facts["target"]: heads}
+        names = [target["name"] for target in facts["targets"]]
+        if not isinstance(heads, dict) or list(heads) != names:
+            raise BundleError(f"{path}/head.skops does not hold the heads for {', '.join(names)}")
+        found = Bundle(heads, facts, _embeddings(contents.get("reference.npy")))
+        _require_fitting(found)
     except BundleError:
         raise
     # Whatever skops and scikit-learn stumble over in a head that was tampered with.
     except Exception as error:
-        raise BundleError(f"bundle {path} cannot be loaded: {type(error).__name__}: {error}") from None
-    if facts["format"] == 1:
-        # There was one target, and its head was the file.
-        facts = facts | {"targets": [{"name": facts["target"], "classes": facts["classes"]}]}
-        heads = {facts["target"]: heads}
-    names = [target["name"] for target in facts["targets"]]
-    if not isinstance(heads, dict) or list(heads) != names:
-        raise BundleError(f"{path}/head.skops does not hold the heads for {', '.join(names)}")
-    return Bundle(heads, facts, reference)
+        raise BundleError(f"bundle {path} cannot be loaded: {in_short(error)}") from None
+    return found
+
+
+def _require_fitting(found: Bundle) -> None:
+    """Check what `bundle.json` says by what the heads and the reference embeddings are."""
+    view, known = found.view, found.reference
+    asked = asdict(view.request)
+    if type(view.dim) is not int or not 0 < view.dim <= MOST_DIM or not isinstance(view.spec, dict):
+        raise ValueError("its view is none")
+    if not all(isinstance(value, str) or (name, value) == ("weights_sha256", None) for name, value in asked.items()):
+        raise ValueError("what its view was made by is no text")
+    if known is not None and known.shape[1] != view.dim:
+        raise ValueError(f"its reference embeddings are not of {view.dim} numbers")
+    X = np.zeros((2, view.dim), np.float32) if known is None else known[[0, -1]]
+    for target in found.facts["targets"]:
+        head = found.heads[target["name"]]
+        require_sound(head, view.dim)
+        require_answers(head, target["classes"], X)
+        conformal = target.get("conformal")
+        if conformal is not None:
+            if type(conformal["threshold"]) not in (int, float):
+                raise ValueError("its threshold is no number")
+            if target["classes"] is None and type(target["log"]) is not bool:
+                raise ValueError("it does not say what its ranges are of")
 
 
 def _embeddings(content: bytes | None) -> NDArray[np.float32] | None:
     if content is None:
         return None
+    require_array(content)
     found = np.load(io.BytesIO(content), allow_pickle=False)
-    if found.dtype != np.float32 or found.ndim != 2:
+    if found.dtype != np.float32 or found.ndim != 2 or not len(found) or not np.isfinite(found).all():
         raise ValueError("reference.npy holds no embeddings")
     return np.asarray(found)
 
 
-def _read_facts(path: Path) -> dict[str, Any]:
+def _read(file: Path) -> bytes | None:
+    """Content of a file, or None if there is none: a pipe in its place would be read for ever."""
     try:
-        facts = json.loads((path / "bundle.json").read_bytes())
-    except OSError:
-        raise BundleError(f"{path} is not a bundle (it has no bundle.json); `permafrost train` makes one") from None
+        return file.read_bytes() if file.is_file() else None
+    except OSError as error:
+        raise BundleError(f"{file} cannot be read: {error.strerror}") from None
+    except MemoryError:
+        raise BundleError(f"{file} is larger than memory") from None
+
+
+def _read_facts(path: Path) -> dict[str, Any]:
+    content = _read(path / "bundle.json")
+    if content is None:
+        raise BundleError(f"{path} is not a bundle (it has no bundle.json); `permafrost train` makes one")
+    try:
+        facts = json.loads(content, parse_constant=_refuse)
     except (ValueError, RecursionError):
         raise BundleError(f"{path}/bundle.json is damaged: not JSON") from None
     if not isinstance(facts, dict) or not isinstance(facts.get("files"), dict) or type(facts.get("format")) is not int:
@@ -234,37 +245,11 @@ def _read_facts(path: Path) -> dict[str, Any]:
     return facts
 
 
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no JSON")
+
+
 def _digest(facts: dict[str, Any]) -> str:
     """SHA-256 (hex) of all else that `bundle.json` says, as canonical JSON."""
     rest = {key: value for key, value in facts.items() if key != "sha256"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-
-
-def audit(head: bytes, path: Path) -> None:
-    """Check every type that a saved head names, without importing any.
-
-    Raises
-    ------
-    BundleError
-        Naming the first type that is not in `TYPES`.
-    """
-    try:
-        with zipfile.ZipFile(io.BytesIO(head)) as archive:
-            waiting: list[Any] = [json.loads(archive.read("schema.json"))]
-    except (zipfile.BadZipFile, KeyError, ValueError) as error:
-        raise BundleError(f"{path}/head.skops is damaged: {error}") from None
-    while waiting:
-        node = waiting.pop()
-        if isinstance(node, list):
-            waiting.extend(node)
-        elif isinstance(node, dict):
-            waiting.extend(node.values())
-            if "__loader__" in node or "__class__" in node:
-                kind = f"{node.get('__module__')}.{node.get('__class__')}"
-                if kind not in TYPES.get(str(node.get("__loader__")), ()):
-                    raise BundleError(f"{path}/head.skops holds a {kind}, which no bundle of permafrost's holds")
-                if node["__loader__"] == "FunctionNode" and not node.keys() <= _PLACES:
-                    # Older protocols of skops look up a function by what else the node says.
-                    raise BundleError(
-                        f"{path}/head.skops names a function in a way that no bundle of permafrost's does"
-                    )

@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from features.errors import PermafrostError, redacted
-from pipeline import cli_heads, cli_store
+from pipeline import cli_heads, cli_query, cli_store
 from pipeline.cli_heads import print_scores
 from pipeline.cli_store import JsonOption
 from pipeline.console import say_result
@@ -29,6 +29,7 @@ app = typer.Typer(
 
 app.add_typer(cli_heads.commands)
 app.add_typer(cli_store.commands)
+app.add_typer(cli_query.commands)
 
 CLIENTS = ("botocore", "aiobotocore", "aiohttp", "gcsfs", "google")
 """Libraries whose errors tell of the network, and are no OSError."""
@@ -183,20 +184,18 @@ def predict(
     predict.require_writable(out)
     trained = bundles.load(bundle)
     if FeatureStore.is_store(source):
-        predicted = predict.predict_store(trained, FeatureStore.open(source))
+        counts = predict.predict_store(trained, FeatureStore.open(source), out, watch=console.progress)
     else:
         listed = list_source(source, image=image, id_column=id_column)
         reused = FeatureStore.open_or_new(store) if store else None
-        with console.progress("embedding") as progress:
-            predicted = predict.predict_source(
-                trained, listed, store=reused, weights=weights, device=device, progress=progress
-            )
-    predict.write(predicted.table, out)
-    counts = {"out": str(out)} | predict.counts(predicted)
+        counts = predict.predict_source(
+            trained, listed, out, store=reused, weights=weights, device=device, watch=console.progress
+        )
     told = "{predicted:,} of {samples:,} samples predicted, {failed:,} failed; see {out}"
-    say_result(counts, as_json, told + ("\n" + predict.in_words(predicted.drift) if predicted.drift else ""))
+    found = counts["drift"]
+    say_result({"out": str(out)} | counts, as_json, told + ("\n" + predict.in_words(found) if found else ""))
     if max_drift is not None:
-        predict.require_alike(predicted, max_drift)
+        predict.require_alike(found, max_drift)
 
 
 @app.command()
@@ -269,6 +268,8 @@ def main() -> None:
             code, told = 1, f"the object store does not answer ({error}); check its endpoint and the credentials"
         else:
             raise
+    if code == 130 and not told:
+        told = "interrupted; what was finished before is as it was"
     if told:
         console_line = " ".join(redacted(told).split())
         print(f"permafrost: {console_line}", file=sys.stderr)

@@ -81,6 +81,13 @@ def train(
         bool,
         typer.Option("--controls", help="Read up to 1,000 images again, for the scores of pixels and no training."),
     ] = False,
+    images: Annotated[bool, typer.Option("--images/--no-images", help="Whether the report shows images.")] = True,
+    with_joblib: Annotated[
+        bool, typer.Option("--joblib", help="Write head.joblib too, for scikit-learn without permafrost.")
+    ] = False,
+    snapshot: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Train on an older listing.", show_default="the newest")
+    ] = None,
     device: Annotated[str, typer.Option(help="For --controls: auto, cpu, cuda, cuda:1 ...")] = "auto",
     as_json: JsonOption = False,
 ) -> None:
@@ -106,6 +113,9 @@ def train(
             calibrate=calibrate,
             log=log,
             with_controls=controls,
+            with_images=images,
+            with_joblib=with_joblib,
+            snapshot=snapshot,
             device=device,
             progress=progress,
         )
@@ -139,15 +149,18 @@ def compare(
     labels: LabelsOption = None,
     on: OnOption = "id",
     max_unmatched: UnmatchedOption = "10%",
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw the leaderboard as a page.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Cross-validate heads on views side by side; rows of the test are not looked at."""
     from features.store import FeatureStore
-    from pipeline import console
+    from pipeline import console, page
     from pipeline.compare import compare
     from pipeline.dataset import Selection
 
     chosen = Selection(where, test_where, split, groups, time, labels, on, max_unmatched, not split_near_duplicates)
+    if html:
+        page.require_writable(html)
     with console.progress("folds") as progress:
         facts = compare(
             FeatureStore.open(store),
@@ -166,6 +179,8 @@ def compare(
         say_result(facts, as_json, "")
     else:
         _print_leaderboard(facts)
+    if html:
+        page.write(html, page.of_comparison(facts))
 
 
 def print_scores(facts: dict[str, Any], out: Path) -> None:
@@ -179,7 +194,7 @@ def print_scores(facts: dict[str, Any], out: Path) -> None:
         print()
     for note in report.notes(facts):
         print(f"note: {note}")
-    print(f"bundle: {out}")
+    print(f"bundle: {out}; its report: {out / 'report.html'}")
 
 
 def _print_leaderboard(facts: dict[str, Any]) -> None:

@@ -115,3 +115,43 @@ def export(
     feature_store = FeatureStore.open(store)
     rows = exporting.export(feature_store, feature_store.pick_view(view), out, format, wide)
     say_result({"out": str(out), "rows": rows}, as_json, "{rows:,} rows in {out}")
+
+
+@commands.command()
+def explore(
+    store: StoreArgument,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Directory for the page and its tables.")],
+    view: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Which view to read.", show_default="the only one")
+    ] = None,
+    where: Annotated[str | None, typer.Option(metavar="SQL", help="Condition for the samples to look at.")] = None,
+    clusters: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="How many clusters.", show_default="by the silhouette")
+    ] = None,
+    mirrored: Annotated[
+        bool, typer.Option("--mirrored", help="Read every image again, and find mirror images too.")
+    ] = False,
+    images: Annotated[bool, typer.Option("--images/--no-images", help="Whether the page shows images.")] = True,
+    as_json: JsonOption = False,
+) -> None:
+    """Draw what is in a store, without labels: clusters, odd images, doubles and a map."""
+    from features.store import FeatureStore
+    from pipeline import console
+    from pipeline.explore import explore
+
+    with console.progress("reading") as progress:
+        facts = explore(
+            FeatureStore.open(store),
+            out,
+            view=view,
+            where=where,
+            clusters=clusters,
+            mirrored=mirrored,
+            with_images=images,
+            progress=progress,
+        )
+    told = {"out": str(out), "count": len(facts["clusters"])} | facts
+    said = (
+        "{samples:,} images in {count} clusters, {outliers:,} unlike all others, {near_duplicates:,} pairs of doubles"
+    )
+    say_result(told, as_json, said + "; see {out}/report.html")

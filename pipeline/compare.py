@@ -58,6 +58,17 @@ def compare(
         on the same resamples, whether that is ``clear``, and what a fit (seconds) and a prediction (seconds for one
         sample) cost. Beside it ``dummy``, ``metric``, ``rows``, and by how much picking the best of so many
         ``flatters``.
+
+    Raises
+    ------
+    DataError
+        If the store or a sample lacks what a view, a head or a target needs.
+
+    Examples
+    --------
+    >>> found = compare(FeatureStore.open("store"), "label", names=["logreg", "knn"], folds=3)
+    >>> found["metric"], sorted(row["head"] for row in found["leaderboard"])
+    ('accuracy', ['knn', 'logreg'])
     """
     chosen = [store.pick_view(name) for name in views or store.views()]
     if not chosen:

@@ -22,11 +22,26 @@ Floats = NDArray[np.float64]
 def threshold(predictions: Predictions, level: float = LEVEL, log: bool = False) -> float | None:
     """The least misfit that so many of the held-out examples, and one more, do not exceed.
 
+    Parameters
+    ----------
+    predictions : Predictions
+        Held out.
+    level : float
+        Share, from 0 to 1, of the truths that sets or ranges shall hold.
+    log : bool
+        Whether distances are those of logarithms.
+
     Returns
     -------
     float or None
         For classes 1 less a probability; for quantities a distance, of logarithms if `log`. None if the head knows no
         probabilities, or there are too few examples to say.
+
+    Examples
+    --------
+    >>> y = np.arange(1.0, 20.0)
+    >>> threshold(Predictions(y, y + np.linspace(-1, 1, 19)), level=0.8)
+    0.888...
     """
     found = _misfit(predictions, log)
     if found is None:
@@ -36,12 +51,51 @@ def threshold(predictions: Predictions, level: float = LEVEL, log: bool = False)
 
 
 def sets(shares: Floats, misfit: float) -> NDArray[np.bool_]:
-    """Which classes belong to each set, shape (rows, classes); one may be empty, where no class fits."""
+    """Which classes belong to each set, shape (rows, classes); one may be empty, where no class fits.
+
+    Parameters
+    ----------
+    shares : numpy.ndarray
+        Probabilities, shape (rows, classes).
+    misfit : float
+        See `threshold`.
+
+    Returns
+    -------
+    numpy.ndarray
+        bool, shape (rows, classes).
+
+    Examples
+    --------
+    >>> sets(np.array([[0.9, 0.1], [0.5, 0.5], [0.2, 0.8]]), misfit=0.6).tolist()
+    [[True, False], [True, True], [False, True]]
+    """
     return shares >= 1 - misfit
 
 
 def ranges(predicted: Floats, misfit: float, log: bool = False) -> tuple[Floats, Floats]:
-    """Lower and upper ends of each range."""
+    """Lower and upper ends of each range.
+
+    Parameters
+    ----------
+    predicted : numpy.ndarray
+        Shape (rows,), in the unit of the target.
+    misfit : float
+        See `threshold`.
+    log : bool
+        Whether it is a distance of logarithms.
+
+    Returns
+    -------
+    low, high : numpy.ndarray
+        float64, shape (rows,), in the unit of the target.
+
+    Examples
+    --------
+    >>> low, high = ranges(np.array([10.0, 20.0]), misfit=1.5)
+    >>> low.tolist(), high.tolist()
+    ([8.5, 18.5], [11.5, 21.5])
+    """
     if log:
         return predicted * np.exp(-misfit), predicted * np.exp(misfit)
     return predicted - misfit, predicted + misfit

@@ -18,6 +18,9 @@ from rich.text import Text
 LINE_EVERY = 10.0
 """Seconds between lines where there is no terminal."""
 
+CELL = 80
+"""Characters of a value that a table shows."""
+
 error_console = Console(stderr=True, highlight=False)
 
 
@@ -131,6 +134,16 @@ def table(columns: list[str], rows: list[tuple[Any, ...]], title: str | None = N
     if title:
         console.print(Text(title, style="bold"), soft_wrap=True)
     console.print(drawn)
+
+
+def short(cell: Any) -> str:
+    """A value as a cell that fits on a line: numbers with few digits, of long texts and lists the beginning."""
+    if isinstance(cell, float):
+        return f"{cell:.6g}"
+    if isinstance(cell, list):
+        return f"[{', '.join(map(short, cell[:4]))}{', …' if len(cell) > 4 else ''}]"
+    text = "" if cell is None else " ".join(str(cell).split())
+    return text if len(text) <= CELL else f"{text[: CELL - 1]}…"
 
 
 def _is_number(cell: Any) -> bool:

@@ -45,6 +45,15 @@ class Selection:
     on, max_unmatched : str
     near_duplicates : bool
         Whether near duplicates must share a fold.
+
+    Examples
+    --------
+    >>> from pathlib import Path
+    >>> from pipeline.train import train
+    >>> some = Selection(where="label != 'red'", test_where="split = 'test'")
+    >>> facts = train(FeatureStore.open("store"), "label", Path("trained"), selection=some, folds=2)
+    >>> facts["rows"]["train"], facts["rows"]["test"]
+    (12, 6)
     """
 
     where: str | None = None
@@ -120,8 +129,8 @@ def load(
         *((selection.groups, "for --groups"), (selection.time, "for --time"), (selection.split, "for --split")),
     ]:
         if column is not None and column not in samples.own_columns(table):
-            known = ", ".join(samples.own_columns(table)) or "none"
-            raise DataError(f"no column {column!r} {why}; the samples have {known}")
+            own = ", ".join(samples.own_columns(table)) or "none"
+            raise DataError(f"no column {column!r} {why}; the samples have {own}")
         if column is not None and why != "to train for" and pa.types.is_nested(table.schema.field(column).type):
             raise DataError(f"column {column!r} holds lists or the like, which is nothing {why}")
     frame = table.to_pandas()
@@ -132,7 +141,7 @@ def load(
         there[chosen], matrices[view.name] = parts.gather(store.root, view, table["sha256"].filter(pa.array(chosen)))
         found &= there
     ok = frame["status"].eq("ok").to_numpy()
-    known = frame[targets].notna().any(axis=1).to_numpy()
+    known = frame[targets].notna().any(axis=1).to_numpy() if targets else np.ones(len(frame), bool)
     timed = frame[selection.time].notna().to_numpy() if selection.time else np.ones(len(frame), bool)
     left_out = {
         "failed": int((chosen & ~ok).sum()),
@@ -142,11 +151,11 @@ def load(
         "without_split": int((frame[selection.split].isna()).sum()) if selection.split else 0,
     }
     usable = chosen & ok & found & known & timed
-    for part, name in ((usable & ~tested, "train"), (usable & tested, "test")):
-        if not part.any() and (name == "train" or tested.any() or selection.test_where is not None):
+    for part, use in ((usable & ~tested, "train on" if targets else "look at"), (usable & tested, "test on")):
+        if not part.any() and (use != "test on" or tested.any() or selection.test_where is not None):
             told = left_out | {"for the test": int(tested.sum())}
             counted = ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in told.items())
-            raise DataError(f"no sample to {name} on: of {int(chosen.sum())} chosen, {counted}")
+            raise DataError(f"no sample to {use}: of {int(chosen.sum())} chosen, {counted}")
     kept, rows = frame[usable].reset_index(drop=True), (np.cumsum(chosen) - 1)[usable]
     embeddings = {name: matrix if len(rows) == len(matrix) else matrix[rows] for name, matrix in matrices.items()}
     together = find(kept, list(embeddings.values()), selection.groups, selection.near_duplicates)

@@ -27,6 +27,19 @@ def write_digits(folder: Path) -> int:
     """Write scikit-learn's 1,797 handwritten digits as ``<split>/<digit>/<number>.png``; returns how many.
 
     The data set has no split of its own by writer; every fifth digit goes to the test.
+
+    Parameters
+    ----------
+    folder : pathlib.Path
+
+    Returns
+    -------
+    int
+
+    Examples
+    --------
+    >>> write_digits(Path("digits"))
+    1797
     """
     digits = load_digits()
     for number, (image, label) in enumerate(zip(digits.images, digits.target, strict=True)):
@@ -56,6 +69,5 @@ def run(out: Path, progress: Progress, say: Callable[[str], None]) -> tuple[dict
     say(f"$ permafrost train {store} --target label --split split --out {trained}")
     facts = train(feature_store, "label", trained, selection=Selection(split="split"))
     say(f"$ permafrost predict {trained} {images}/test --store {store} --out {predictions}")
-    predicted = predict.predict_source(bundle.load(trained), list_source(str(images / "test")), store=feature_store)
-    predict.write(predicted.table, predictions)
+    predict.predict_source(bundle.load(trained), list_source(str(images / "test")), predictions, store=feature_store)
     return facts, predictions

@@ -29,6 +29,17 @@ def reference(X: Matrix, groups: NDArray[np.int64]) -> Matrix:
         float32, shape (examples, dim).
     groups : numpy.ndarray
         int64, shape (examples,): of copies and the like one is enough.
+
+    Returns
+    -------
+    numpy.ndarray
+        float32, shape (at most `MOST`, dim).
+
+    Examples
+    --------
+    >>> X = np.arange(8, dtype=np.float32).reshape(4, 2)
+    >>> reference(X, np.array([0, 0, 1, 2])).shape
+    (3, 2)
     """
     first = np.unique(groups, return_index=True)[1]
     return np.ascontiguousarray(X[np.sort(np.random.default_rng(SEED).permutation(first)[:MOST])], np.float32)
@@ -40,10 +51,24 @@ def oddity(X: Matrix, known: Matrix) -> Floats:
     The distance is that to the fifth nearest neighbour, of embeddings scaled as the training set's (Sun et al. 2022);
     a share is a conformal p-value turned round (Bates et al. 2023).
 
+    Parameters
+    ----------
+    X, known : numpy.ndarray
+        float32, shape (rows, dim) and (training embeddings, dim).
+
     Returns
     -------
     numpy.ndarray
         float64, shape (rows,), from 0 to 1.
+
+    Examples
+    --------
+    >>> known = np.random.default_rng(0).normal(size=(200, 4)).astype(np.float32)
+    >>> far = np.full((1, 4), 9, np.float32)
+    >>> oddity(far, known)
+    array([1.])
+    >>> oddity(known.mean(axis=0, keepdims=True), known)[0] < 0.5
+    np.True_
     """
     middle, spread = known.mean(axis=0), known.std(axis=0) + 1e-6
     among = (known - middle) / spread
@@ -64,10 +89,25 @@ def compare(batch: Matrix, known: Matrix) -> dict[str, Any] | None:
     maximum mean discrepancy (Gretton et al. 2012), judged as a classifier (Lopez-Paz and Oquab 2017), with labels
     permuted for the p-value.
 
+    Parameters
+    ----------
+    batch, known : numpy.ndarray
+        float32, shape (rows, dim) and (training embeddings, dim).
+
     Returns
     -------
     dict or None
         ``auc`` (0.5: cannot be told), ``p_value``, ``rows``; None for fewer than two embeddings on either side.
+
+    Examples
+    --------
+    >>> random = np.random.default_rng(0)
+    >>> known, batch = random.normal(size=(200, 4)), random.normal(size=(50, 4))
+    >>> compare(batch, known)["p_value"] > 0.05
+    True
+    >>> moved = compare(batch + 2, known)
+    >>> moved["auc"] > 0.9, moved["p_value"] < 0.01
+    (True, True)
     """
     rows = len(batch)
     if min(rows, len(known)) < 2:

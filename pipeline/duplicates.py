@@ -35,9 +35,12 @@ RIDGE = 1.0
 """Of the mean variance of an axis."""
 BLOCK = 2048
 MOST_EDGES = 4_000_000
+MOST_PAIRS = 10_000
+"""That are listed."""
 
 Matrix = NDArray[np.float32]
 Rows = NDArray[np.int64]
+Edges = tuple[Rows, Rows, Matrix]
 
 
 @dataclass(frozen=True)
@@ -56,9 +59,14 @@ class Pairs:
     second: Rows
     similarity: Matrix
 
+    @classmethod
+    def none(cls) -> Pairs:
+        """Not one."""
+        return cls(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32))
 
-def near_duplicates(X: Matrix) -> Rows:
-    """Group the rows that must share a fold.
+
+def near_duplicates(X: Matrix) -> tuple[Rows, Pairs]:
+    """Group the rows that must share a fold, and list the pairs of copies.
 
     Parameters
     ----------
@@ -67,29 +75,42 @@ def near_duplicates(X: Matrix) -> Rows:
 
     Returns
     -------
-    numpy.ndarray
+    groups : numpy.ndarray
         int64, shape (samples,): equal numbers for the rows of one group, counted from 0 by first appearance.
+    pairs : Pairs
+        The most similar first, `MOST_PAIRS` at most.
+
+    Examples
+    --------
+    >>> X = np.random.default_rng(0).normal(size=(60, 30)).astype(np.float32)
+    >>> X[7] = X[3]
+    >>> groups, pairs = near_duplicates(X)
+    >>> int(groups[7] == groups[3]), list(zip(pairs.first.tolist(), pairs.second.tolist()))
+    (1, [(3, 7)])
     """
     if len(X) < 2:
-        return np.zeros(len(X), np.int64)
+        return np.zeros(len(X), np.int64), Pairs.none()
     rows = _unit(*_whiten(X))
     spread = _spread(rows)
-    return _connected(len(rows), _close(rows, _limit(spread)), *_frames(rows, spread))
+    kept: list[Pairs] = []
+    groups = _connected(len(rows), _keeping(_close(rows, _limit(spread)), kept), *_frames(rows, spread))
+    return groups, _most_similar(kept)
 
 
-def copies(X: Matrix) -> Pairs:
-    """List the pairs of copies, the most similar first; takes memory for each pair.
+def _keeping(found: Iterator[Edges], kept: list[Pairs]) -> Iterator[Edges]:
+    """Hand on, and keep what is most similar."""
+    for edges in found:
+        kept.append(Pairs(*edges))
+        if sum(len(pairs.first) for pairs in kept) > 4 * MOST_PAIRS:
+            kept[:] = [_most_similar(kept)]
+        yield edges
 
-    Parameters
-    ----------
-    X : numpy.ndarray
-        float32, shape (samples, dim).
-    """
-    rows = _unit(*_whiten(X))
-    found = [*_close(rows, _limit(_spread(rows)))]
-    first, second = (np.concatenate([np.empty(0, np.int64), *(part[i] for part in found)]) for i in (0, 1))
-    similarity = np.concatenate([np.empty(0, np.float32), *(part[2] for part in found)])
-    order = np.lexsort((second, first, -similarity))
+
+def _most_similar(kept: list[Pairs]) -> Pairs:
+    every = [Pairs.none(), *kept]
+    first, second = (np.concatenate([getattr(pairs, side) for pairs in every]) for side in ("first", "second"))
+    similarity = np.concatenate([pairs.similarity for pairs in every])
+    order = np.lexsort((second, first, -similarity))[:MOST_PAIRS]
     return Pairs(first[order], second[order], similarity[order])
 
 
@@ -158,7 +179,7 @@ def _limit(spread: float) -> float:
     return float(np.clip(np.tanh(COPY * spread), 0.4, 0.9999))
 
 
-def _close(rows: Matrix, limit: float) -> Iterator[tuple[Rows, Rows, Matrix]]:
+def _close(rows: Matrix, limit: float) -> Iterator[Edges]:
     for start in range(0, len(rows), BLOCK):
         for other in range(start, len(rows), BLOCK):
             cosines = rows[start : start + BLOCK] @ rows[other : other + BLOCK].T
@@ -168,9 +189,7 @@ def _close(rows: Matrix, limit: float) -> Iterator[tuple[Rows, Rows, Matrix]]:
             yield first + start, second + other, np.minimum(cosines[first, second], 1)
 
 
-def _connected(
-    samples: int, found: Iterator[tuple[Rows, Rows, Matrix]], frames: tuple[Rows, Rows], nearest: Matrix
-) -> Rows:
+def _connected(samples: int, found: Iterator[Edges], frames: tuple[Rows, Rows], nearest: Matrix) -> Rows:
     sequences = _merged(np.arange(samples), [frames])
     sizes = np.bincount(sequences)
     groups, waiting = sequences, list[tuple[Rows, Rows]]()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from pipeline.duplicates import near_duplicates
+from pipeline.duplicates import Pairs, near_duplicates
 
 Rows = NDArray[np.int64]
 
@@ -29,12 +29,15 @@ class Groups:
         Samples whose very bytes an earlier one has.
     near : int
         Samples beyond these that are in a group with another image.
+    pairs : Pairs
+        Of samples whose images are copies, by the first view, but not byte for byte.
     """
 
     of: Rows
     alike: Rows
     copies: int
     near: int
+    pairs: Pairs
 
 
 def find(samples: pd.DataFrame, embeddings: list[NDArray[np.float32]], column: str | None, near: bool) -> Groups:
@@ -52,7 +55,10 @@ def find(samples: pd.DataFrame, embeddings: list[NDArray[np.float32]], column: s
     same = pd.factorize(samples["sha256"])[0].astype(np.int64)
     # Copies have one embedding, and are compared once.
     first = np.unique(same, return_index=True)[1]
-    alike = united([same, *(near_duplicates(matrix[first])[same] for matrix in embeddings)]) if near else same
+    found = [near_duplicates(matrix[first]) for matrix in embeddings] if near else []
+    alike = united([same, *(groups[same] for groups, _ in found)])
+    pairs = found[0][1] if found else Pairs.none()
+    pairs = replace(pairs, first=first[pairs.first], second=first[pairs.second])
     of = alike
     if column is not None:
         values = pd.factorize(samples[column])[0].astype(np.int64)
@@ -61,7 +67,7 @@ def find(samples: pd.DataFrame, embeddings: list[NDArray[np.float32]], column: s
         # Who names what belongs together knows better than a resemblance.
         of = united([same, values])
     sizes = np.bincount(alike[first])
-    return Groups(of, alike, len(same) - len(first), int(sizes[sizes > 1].sum()))
+    return Groups(of, alike, len(same) - len(first), int(sizes[sizes > 1].sum()), pairs)
 
 
 def united(groupings: list[Rows]) -> Rows:

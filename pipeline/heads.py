@@ -60,8 +60,8 @@ HEADS: dict[str, dict[Kind, Factory]] = {
     },
     "rbf_svm": {"classification": lambda: SVC(), "regression": lambda: _scaled_target(SVR())},
     "random_forest": {
-        "classification": lambda: RandomForestClassifier(300, n_jobs=-1, random_state=SEED),
-        "regression": lambda: RandomForestRegressor(300, max_features="sqrt", n_jobs=-1, random_state=SEED),
+        "classification": lambda: RandomForestClassifier(300, random_state=SEED),
+        "regression": lambda: RandomForestRegressor(300, max_features="sqrt", random_state=SEED),
     },
     "hist_gradient_boosting": {
         "classification": lambda: HistGradientBoostingClassifier(**BOOSTING),
@@ -108,6 +108,14 @@ def make(name: str, task: Task, *, balanced: bool = False, log: bool = False) ->
     ------
     DataError
         If there is no such head, or none for this task, or it knows no class weights.
+
+    Examples
+    --------
+    >>> make("ridge", "regression", log=True)["head"].regressor
+    Ridge...
+    >>> make("ridge", "regression", balanced=True)
+    Traceback (most recent call last):
+    features.errors.DataError: head 'ridge' knows no class weights; use another --head, or leave out --balanced
     """
     fitting = names_for(task)
     if name not in HEADS:
@@ -126,7 +134,22 @@ def make(name: str, task: Task, *, balanced: bool = False, log: bool = False) ->
 
 
 def names_for(task: Task) -> list[str]:
-    """Heads that fit a task, the simplest first."""
+    """Heads that fit a task, the simplest first.
+
+    Parameters
+    ----------
+    task : str
+        ``binary``, ``multiclass`` or ``regression``.
+
+    Returns
+    -------
+    list of str
+
+    Examples
+    --------
+    >>> names_for("regression")[0]
+    'ridge'
+    """
     return [name for name, factories in HEADS.items() if kind(task) in factories]
 
 

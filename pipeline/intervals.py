@@ -73,6 +73,17 @@ def scores(predictions: Predictions, groups: Rows, fold: Rows | None = None) -> 
         int64, shape (rows,): equal for rows that belong together.
     fold : numpy.ndarray, optional
         int64, shape (rows,): the fold in which each row was held out.
+
+    Returns
+    -------
+    dict of str to Score
+
+    Examples
+    --------
+    >>> y = np.arange(40.0)
+    >>> mae = scores(Predictions(y, y + 1), np.arange(40))["mae"]
+    >>> mae.value, mae.low, mae.high
+    (1.0, 1.0, 1.0)
     """
     numbers = np.unique(fold) if fold is not None else np.empty(0, np.int64)
     by_fold = [np.asarray(fold == number, float) for number in numbers]
@@ -111,7 +122,26 @@ def _resamples(groups: Rows) -> Iterator[Floats]:
 
 
 def difference(ours: Score, theirs: Score, metric: str) -> dict[str, float | None]:
-    """How much better one is than the other on the same rows: ``value``, ``low`` and ``high``; above 0 is better."""
+    """How much better one is than the other on the same rows: ``value``, ``low`` and ``high``; above 0 is better.
+
+    Parameters
+    ----------
+    ours, theirs : Score
+        From the same rows and groups.
+    metric : str
+
+    Returns
+    -------
+    dict
+        In the metric's own unit; None where it is not defined.
+
+    Examples
+    --------
+    >>> y = np.arange(40.0)
+    >>> ours, theirs = (scores(Predictions(y, y + wrong), np.arange(40))["mae"] for wrong in (1, 3))
+    >>> difference(ours, theirs, "mae")["value"]
+    2.0
+    """
     sign = -1 if metric in LESS_IS_BETTER else 1
     value = sign * (ours.value - theirs.value)
     low, high = limits(sign * (ours.resampled - theirs.resampled), value, ours.wider)

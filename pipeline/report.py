@@ -1,7 +1,8 @@
-"""Scores for people: the report that lies in every bundle, and what the command line prints of it."""
+"""Scores in words and rows, as reports show them and the command line prints them."""
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter
 from typing import Any
 
@@ -21,7 +22,26 @@ NAMES = {
     "mean_roc_auc": "mean ROC AUC",
 }
 CONTROLS = {"dummy": "dummy", "file": "file alone", "pixels": "raw pixels", "untrained": "untrained backbone"}
-MOST_CLASSES = 30
+MOST_SENTENCES = 3
+DEFAULTS = {
+    "head": None,
+    "task": None,
+    "folds": 5,
+    "tune": False,
+    "balanced": False,
+    "calibrate": False,
+    "log": False,
+    "controls": False,
+    "split": None,
+    "where": None,
+    "test_where": None,
+    "groups": None,
+    "time": None,
+    "labels": None,
+    "on": "id",
+    "max_unmatched": "10%",
+}
+"""Settings that are options of `permafrost train`, and what they are where nothing is said."""
 
 
 def columns(target: dict[str, Any]) -> list[str]:
@@ -69,6 +89,11 @@ def notes(facts: dict[str, Any]) -> list[str]:
         )
     for metric, score in (facts["together"] or {}).items():
         said.append(f"All {len(facts['targets'])} labels together: {NAMES[metric]} {_cell(score)}.")
+    found = facts["problems"]
+    if found["label_errors"]:
+        said.append(f"{found['label_errors']:,} labels look mistaken; label_errors.parquet lists them.")
+    if found["outliers"]:
+        said.append(f"{found['outliers']:,} images lie far from all others; outliers.parquet lists them.")
     if not facts["snapshot"]["pinned"]:
         said.append("The snapshot could not be pinned in the store, and a clean-up there may remove it.")
     return said
@@ -120,59 +145,83 @@ def findings(target: dict[str, Any]) -> list[str]:
     return said
 
 
-def markdown(facts: dict[str, Any]) -> str:
-    """The report as Markdown."""
-    view, settings = facts["view"], facts["settings"]
-    lines = [f"# {', '.join(facts['target'])} from {view['request']['backbone']}", ""]
+def clear(target: dict[str, Any]) -> bool:
+    """Whether a head clearly beats every control."""
+    judged = [gain for gain in target["better_than"].values() if "refused" not in gain]
+    return all((gain["low"] or 0) > 0 for gain in judged)
+
+
+def verdict(facts: dict[str, Any]) -> str:
+    """What came of it, in one sentence; in one for each of a few targets."""
+    if len(facts["targets"]) > MOST_SENTENCES:
+        count = sum(clear(target) for target in facts["targets"])
+        return f"Of {len(facts['targets'])} targets {count} are clearly told better than by every control."
+    said = []
     for target in facts["targets"]:
-        lines += _target_lines(facts, target)
-    lines += [
-        "In brackets: 95% intervals, by 1,000 resamples of the groups of samples. The dummy knows only the labels; "
-        "the file alone, its sides, bytes and format.",
-        "",
-        *(f"- {note}" for note in notes(facts)),
-        "",
-        "## How it was made",
-        "",
-        f"- view `{view['name']}`, fingerprint `{view['fingerprint']}`",
-        f"- snapshot {facts['snapshot']['number']} of `{facts['store']}`, digest `{facts['snapshot']['digest']}`",
-        *(f"- {name.replace('_', ' ')}: `{value}`" for name, value in settings.items() if value not in (None, False)),
-        f"- {', '.join(f'{library} {version}' for library, version in facts['versions'].items())}",
-        f"- {facts['created']}",
-    ]
-    return "\n".join(lines) + "\n"
+        metric, scores = target["metric"], target["cross_validation"]
+        dummy = scores["dummy"][metric]
+        gains = {name: gain for name, gain in target["better_than"].items() if "refused" not in gain}
+        lost = [_control(name) for name, gain in gains.items() if (gain["low"] or 0) <= 0]
+        beaten = f"does not clearly beat {' or '.join(lost)}" if lost else "clearly beats every control"
+        tested = f", and {_cell(target['test']['head'][metric])} in the test" if target["test"] else ""
+        said.append(
+            f"From {facts['view']['name']} {target['head']} reaches {NAMES[metric]} {_cell(scores['head'][metric])} "
+            f"for {target['name']} on held-out samples{tested}; it {beaten} (dummy {number(dummy['value'])})."
+        )
+    return " ".join(said)
 
 
-def _target_lines(facts: dict[str, Any], target: dict[str, Any]) -> list[str]:
-    heading, rows = columns(target), target["rows"]
+def lead(target: dict[str, Any]) -> str:
+    """What a head was fitted and tested on."""
+    rows = target["rows"]
     tested = f"; tested on {rows['test']:,} that it was not fitted on" if rows["test"] else ""
-    found = [
-        f"## {target['name']}",
-        "",
+    return (
         f"A {target['head']} head, fitted on all {rows['train']:,} training samples ({rows['independent']:,} of them "
-        f"independent){tested}.",
-        "",
-        f"| {' | '.join(['score', *heading[1:]])} |",
-        f"| --- {'| ---: ' * (len(heading) - 1)}|",
-        *(f"| {' | '.join(row)} |" for row in score_rows(facts, target)),
-        "",
-        *(f"- {finding}" for finding in findings(target)),
-        "",
-        "| examples | " + " | ".join(f"{point['rows']:,}" for point in target["learning_curve"]) + " |",
-        "| --- " + "| ---: " * len(target["learning_curve"]) + "|",
-        f"| {NAMES[target['metric']]} | " + " | ".join(_cell(point) for point in target["learning_curve"]) + " |",
-        "",
+        f"independent){tested}."
+    )
+
+
+def curve(target: dict[str, Any]) -> list[tuple[str, str]]:
+    """Points of the learning curve: how many examples, and what they brought."""
+    return [(f"{point['rows']:,}", _cell(point)) for point in target["learning_curve"]]
+
+
+def class_rows(target: dict[str, Any]) -> list[tuple[str, ...]]:
+    """Class, samples, precision, recall and F1, the worst first."""
+    measures = ("precision", "recall", "f1")
+    worst = sorted(target["per_class"], key=lambda row: row["f1"] or 0)
+    return [(f"{row['class']}", f"{row['rows']:,}", *(number(row[key]) for key in measures)) for row in worst]
+
+
+def made(facts: dict[str, Any]) -> list[tuple[str, str]]:
+    """What the scores depend on."""
+    view, snapshot = facts["view"], facts["snapshot"]
+    return [
+        ("view", f"{view['name']}, fingerprint {view['fingerprint']}"),
+        ("snapshot", f"{snapshot['number']} of {facts['store']}, digest {snapshot['digest']}"),
+        *(
+            (name.replace("_", " "), f"{value}")
+            for name, value in facts["settings"].items()
+            if name in ("folds", "seed") or (value is not None and value != DEFAULTS.get(name, True))
+        ),
+        ("versions", ", ".join(f"{library} {version}" for library, version in facts["versions"].items())),
+        ("made", facts["created"]),
     ]
-    if target["per_class"]:
-        worst = sorted(target["per_class"], key=lambda row: row["f1"] or 0)[:MOST_CLASSES]
-        measures = ("precision", "recall", "f1")
-        found += ["| class | samples | precision | recall | F1 |", "| --- | ---: | ---: | ---: | ---: |"]
-        found += [
-            " | ".join(["|", f"{row['class']}", f"{row['rows']:,}", *(number(row[key]) for key in measures), "|"])
-            for row in worst
-        ]
-        found.append("")
-    return found
+
+
+def command(facts: dict[str, Any]) -> str:
+    """The command that does the same again, from the same snapshot."""
+    settings = facts["settings"]
+    words = ["permafrost", "train", facts["store"], "--snapshot", str(facts["snapshot"]["number"])]
+    words += ["--view", facts["view"]["name"]]
+    for name in facts["target"]:
+        words += ["--target", name]
+    for name, default in DEFAULTS.items():
+        if settings[name] != default:
+            words += [f"--{name.replace('_', '-')}", *([] if settings[name] is True else [str(settings[name])])]
+    if not settings["near_duplicates"]:
+        words.append("--split-near-duplicates")
+    return shlex.join([*words, "--out", "BUNDLE"])
 
 
 def leaderboard(facts: dict[str, Any]) -> tuple[list[str], list[tuple[str, ...]], str]:

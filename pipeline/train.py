@@ -10,13 +10,29 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 
 from features.embedding import Progress
 from features.errors import DataError, redacted
 from features.store import FeatureStore, Snapshot
 from features.views import UNTRAINED, View
-from pipeline import bundle, controls, dataset, drift, heads, multilabel, report, targets, tuning
+from pipeline import (
+    atlas,
+    bundle,
+    controls,
+    dataset,
+    drift,
+    evaluate,
+    galleries,
+    heads,
+    multilabel,
+    page,
+    problems,
+    targets,
+    thumbnails,
+    tuning,
+)
 from pipeline.dataset import Dataset, Selection
 from pipeline.evaluate import HeldOut, Tick
 from pipeline.folds import SEED, fold
@@ -43,6 +59,9 @@ def train(
     calibrate: bool = False,
     log: bool = False,
     with_controls: bool = False,
+    with_images: bool = True,
+    with_joblib: bool = False,
+    snapshot: int | None = None,
     device: str = "auto",
     progress: Progress = lambda done, total, busy: None,
 ) -> dict[str, Any]:
@@ -69,6 +88,12 @@ def train(
     with_controls : bool
         Whether to read up to 1,000 images again, for controls that know pixels but no backbone, and the backbone but
         no training.
+    with_images : bool
+        Whether the report shows images, which are read again for it.
+    with_joblib : bool
+        Whether the bundle holds ``head.joblib`` too: the estimator, or a dict of them by target.
+    snapshot : int, optional
+        Number of the state of the listing to train on; the newest by default.
     device : str
         For the controls.
     progress : callable, optional
@@ -83,11 +108,21 @@ def train(
     ------
     DataError
         If the store does not carry what training needs.
+
+    Examples
+    --------
+    >>> store = FeatureStore.open("store")
+    >>> facts = train(store, "label", Path("trained"), selection=Selection(split="split"), folds=3)
+    >>> (target,) = facts["targets"]
+    >>> target["head"], target["classes"], target["rows"]["train"], target["rows"]["test"]
+    ('logreg', ['blue', 'green', 'red'], 18, 6)
+    >>> sorted(target["cross_validation"]["head"]["accuracy"])
+    ['folds', 'high', 'low', 'value']
     """
     bundle.require_free(out)
     names = [target] if isinstance(target, str) else target
-    chosen, snapshot = store.pick_view(view), store.snapshot()
-    data = dataset.load(store, [chosen], snapshot, names, selection)
+    chosen, listing = store.pick_view(view), store.snapshot(snapshot)
+    data = dataset.load(store, [chosen], listing, names, selection)
     asked = targets.read(data.samples, names, task or ("regression" if log else None))
     recipes = {}
     for each in asked:
@@ -104,22 +139,24 @@ def train(
     beside = _controls(data, chosen, with_controls, device)
     done, total = itertools.count(1), len(asked) * folds * (1 + len(beside))
     judged: list[dict[str, Any]] = []
-    fitted, held_out = dict[str, Any](), dict[str, HeldOut]()
+    fitted, held_out, errors = dict[str, Any](), dict[str, HeldOut](), list[pd.DataFrame]()
     for each in asked:
-        facts, fit, held_out[each.name] = _judged(
+        facts, fit, held_out[each.name], unlikely = _judged(
             each, recipes[each.name], data, chosen, beside, folds, lambda: progress(next(done), total, "")
         )
         judged.append(facts)
         fitted[each.name] = fit
+        errors.append(unlikely)
     facts = {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "target": names,
         "targets": judged,
         "together": multilabel.scores(held_out),
         "view": chosen.to_json(),
-        "store": store.root.path,
-        "snapshot": {"number": snapshot.number, "digest": snapshot.digest, "pinned": _pin(store, snapshot, out)},
+        "store": store.root.url,
+        "snapshot": {"number": listing.number, "digest": listing.digest, "pinned": _pin(store, listing, out)},
         "settings": {
+            "head": head,
             "task": task,
             "folds": folds,
             "tune": tune,
@@ -136,8 +173,29 @@ def train(
         "versions": {library: version(library) for library in LIBRARIES},
     }
     X, learnt = data.embeddings[chosen.name], ~data.tested
+    wrong = problems.Problems(
+        pd.concat(errors),
+        problems.outliers(data.samples, X),
+        problems.near_duplicates(data.samples, data.groups.pairs),
+    )
+    wrong.outliers["tested"] = data.tested[wrong.outliers.index]
+    for side in ("first", "second"):
+        wrong.near_duplicates[f"{side}_tested"] = data.tested[wrong.near_duplicates[side]]
+    facts["problems"] = wrong.counts()
+    found = {
+        each.name: (_places(each, data)[held_out[each.name].rows], held_out[each.name].predictions) for each in asked
+    }
+    drawn = atlas.drawn(X, np.flatnonzero(learnt))
+    shown = galleries.shown(galleries.of_training(data.samples, found, wrong).values(), drawn)
+    pictures = thumbnails.read(data.samples, shown) if with_images else None
+    pages = page.of_training(facts, data.samples, found, wrong, drawn, pictures)
     reference = drift.reference(X[learnt], data.groups.of[learnt])
-    return bundle.save(out, fitted, facts, report.markdown(facts), reference)
+    return bundle.save(out, fitted, facts, pages | wrong.files(), reference, with_joblib)
+
+
+def _places(target: Target, data: Dataset) -> NDArray[np.int64]:
+    """Of the training examples of a target among the samples."""
+    return np.flatnonzero(target.known & ~data.tested)
 
 
 def require_fitting(target: Target, recipe: Recipe) -> None:
@@ -161,7 +219,7 @@ def require_fitting(target: Target, recipe: Recipe) -> None:
 
 def _judged(
     target: Target, recipe: Recipe, data: Dataset, view: View, beside: Controls, folds: int, tick: Tick
-) -> tuple[dict[str, Any], Any, HeldOut]:
+) -> tuple[dict[str, Any], Any, HeldOut, pd.DataFrame]:
     X, learnt, tested = data.embeddings[view.name], target.known & ~data.tested, target.known & data.tested
     train = data.examples(target, X, learnt)
     test = data.examples(target, X, tested) if tested.any() else None
@@ -178,7 +236,15 @@ def _judged(
             "unlabelled": int((~target.known).sum()),
         },
     }
-    return told | facts, fitted.estimator, found
+    said, told["doubted_by"] = found.predictions, facts["head"]
+    if said.classes is not None and said.shares is None:
+        # Labels are doubted by probabilities.
+        told["doubted_by"] = doubting = heads.DEFAULT["classification"]
+        said = evaluate.held_out(Recipe(target.task, doubting), train, fold(train, folds)).predictions
+    errors = problems.label_errors(data.samples, target.name, _places(target, data)[found.rows], said, recipe.log)
+    # Who knows nothing doubts at random.
+    errors["likely_error"] &= (facts["better_than"]["dummy"]["low"] or 0) > 0
+    return told | facts, fitted.estimator, found, errors
 
 
 def _controls(data: Dataset, view: View, with_images: bool, device: str) -> Controls:

@@ -13,6 +13,7 @@ from sklearn.metrics.pairwise import euclidean_distances
 from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import normalize
+from sklearn.utils.validation import check_is_fitted, validate_data
 
 from features.errors import DataError
 from pipeline import heads
@@ -22,6 +23,7 @@ from pipeline.targets import Task
 
 MOST_DISTANCES = 10_000
 """Examples up to which all distances between them are held: 0.4 GB, and as much again for each core."""
+_FLOATS = (np.float64, np.float32)
 
 
 @dataclass(frozen=True)
@@ -177,11 +179,16 @@ class _Kernel(TransformerMixin, BaseEstimator):  # type: ignore[misc]
 
     def fit(self, X: NDArray[np.float32], y: Any = None) -> _Kernel:
         """Take the unit of the width from squared distances of shape (examples, examples)."""
+        X = validate_data(self, X, dtype=_FLOATS)
+        if X.shape[0] != X.shape[1]:
+            raise ValueError(f"distances between examples are a square matrix, not one of shape {X.shape}")
         self.unit_ = float(X.mean())
         return self
 
     def transform(self, X: NDArray[np.float32]) -> NDArray[np.float64]:
         """Kernel of squared distances, of shape (examples, fitted examples)."""
+        check_is_fitted(self)
+        X = validate_data(self, X, dtype=_FLOATS, reset=False)
         return np.asarray(np.exp(X * (-self.width / self.unit_), dtype=np.float64))
 
     def __sklearn_tags__(self) -> Any:

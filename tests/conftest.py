@@ -17,16 +17,22 @@ from typing import Any
 
 import fsspec
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import GridSearchCV
+from sklearn.pipeline import Pipeline
 
 from features import backbones, forward, images, parts
 from features.backbones import Backbone
+from features.forward import Forward
 from features.store import FeatureStore
 from features.views import Request, View
-from pipeline import cli
+from pipeline import cli, predict, readthrough
+from pipeline.bundle import Bundle
 
 SECRET = "a-very-recognisable-secret"
 COLOURS = {"red": (220, 40, 40), "green": (40, 200, 60), "blue": (50, 60, 210)}
@@ -101,6 +107,40 @@ def toy(monkeypatch: pytest.MonkeyPatch) -> Toy:
 
     monkeypatch.setattr(backbones, "load", load)
     return toy
+
+
+@pytest.fixture
+def paths(photos: Path) -> list[str]:
+    """Those of `photos`, sorted."""
+    return sorted(map(str, photos.rglob("*.png")))
+
+
+@pytest.fixture
+def forwarded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many images each call of a backbone had."""
+    calls, run = list[int](), Forward.__call__
+
+    def tallied(self: Forward, images: NDArray[np.uint8]) -> Any:
+        calls.append(len(images))
+        return run(self, images)
+
+    monkeypatch.setattr(Forward, "__call__", tallied)
+    return calls
+
+
+@pytest.fixture
+def loads(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
+    """What was loaded, from nothing at the start; none of it stays."""
+    readthrough._loaded.clear()
+    calls, load = list[Any](), backbones.load
+
+    def tallied(*arguments: Any) -> Any:
+        calls.append(arguments)
+        return load(*arguments)
+
+    monkeypatch.setattr(backbones, "load", tallied)
+    yield calls
+    readthrough._loaded.clear()
 
 
 @pytest.fixture
@@ -185,6 +225,17 @@ def bucket(moto: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     type(fs).clear_instance_cache()
 
 
+def colours(paths: list[str]) -> list[str]:
+    """The labels of `paths`: the folders' names."""
+    return [Path(path).parent.name for path in paths]
+
+
+def searched(step: Any, **options: Any) -> GridSearchCV:
+    """A search for the strength of a logistic regression behind a first step."""
+    pipe = Pipeline([("images", step), ("head", LogisticRegression(max_iter=1000))])
+    return GridSearchCV(pipe, {"head__C": [0.01, 0.1, 1.0]}, cv=5, error_score="raise", **options)
+
+
 def stored(store: FeatureStore, view: View) -> dict[str, NDArray[np.float32]]:
     """Every embedding of a view by SHA-256."""
     return {
@@ -192,6 +243,12 @@ def stored(store: FeatureStore, view: View) -> dict[str, NDArray[np.float32]]:
         for _, keys, vectors in parts.each(store.root, view)
         for key, vector in zip(keys, vectors, strict=True)
     }
+
+
+def predicted(bundle: Bundle, store: FeatureStore, out: Path) -> pd.DataFrame:
+    """What a bundle says of a store."""
+    predict.predict_store(bundle, store, out)
+    return pd.read_parquet(out)
 
 
 def answer(done: subprocess.CompletedProcess[str]) -> Any:

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
 from conftest import Toy
-from features import parts
 from features.extract import extract
-from features.parts import Present
 from features.sources import list_source
 from features.store import FeatureStore
 from features.views import Request, View
@@ -93,33 +90,6 @@ def test_drift_is_an_exit_code(
     assert (tmp_path / "q.parquet").is_file()
 
 
-def test_a_million_embeddings_are_predicted_part_by_part(tmp_path: Path, photos: Path, toy: Toy) -> None:
-    store = FeatureStore.open_or_new(str(tmp_path / "store"))
-    extract(list_source(str(photos)), store, [toy.request])
-    train(store, "label", tmp_path / "b", folds=3, selection=Selection(near_duplicates=False))
-    trained = bundle.load(tmp_path / "b")
-    view, rows = store.pick_view(None), 60_000
-    keys = [f"{number:064x}" for number in range(rows)]
-    X = np.random.default_rng(0).uniform(0, 255, (rows, 3)).astype(np.float32)
-    present = Present()
-    for start in range(0, rows, 2_000):
-        parts.add(store.root, view, keys[start : start + 2_000], X[start : start + 2_000], present, {})
-    listing = pa.table(
-        {
-            name: pa.array(keys if name == "sha256" else ["ok" if name == "status" else name] * rows)
-            for name in predict.CARRIED
-        }
-    )
-    tracemalloc.start()
-    found = predict._predict(trained, store, view, listing)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert len(found.table) == rows and found.table["prediction"].null_count == 0
-    assert found.drift is not None and found.drift["rows"] == drift.MOST and peak < 300e6
-    by_key = dict(zip(found.table["sha256"].to_pylist(), found.table["prediction"].to_pylist(), strict=True))
-    assert [by_key[key] for key in keys[:500]] == trained.heads["label"].predict(X[:500]).tolist()
-
-
 @pytest.mark.slow
 def test_alarms_on_real_images(testdata: Path, tmp_path: Path) -> None:
     dark = tmp_path / "dark"
@@ -152,7 +122,5 @@ def test_a_view_is_what_a_bundle_says(tmp_path: Path, photos: Path, toy: Toy) ->
     train(store, "label", tmp_path / "b", folds=3, selection=Selection(near_duplicates=False))
     trained = bundle.load(tmp_path / "b")
     assert isinstance(trained.view, View) and trained.reference is not None and trained.reference.shape == (24, 3)
-    table = predict.predict_store(trained, store).table
-    assert {"set", "oddity"} < set(table.column_names) and predict.counts(predict.predict_store(trained, store))[
-        "odd"
-    ] == 0
+    found = predict.predict_store(trained, store, tmp_path / "p.parquet")
+    assert {"set", "oddity"} < set(pq.read_schema(tmp_path / "p.parquet").names) and found["odd"] == 0

@@ -12,7 +12,6 @@ import polars as pl
 import pyarrow as pa
 import pytest
 
-from features import export as exporting
 from features import parts, samples
 from features.errors import DataError, StoreError
 from features.export import Format, export
@@ -133,7 +132,7 @@ def test_nested_columns_are_json_in_csv_and_themselves_elsewhere(tmp_path: Path,
 def test_an_image_of_very_many_samples_is_written_a_slice_at_a_time(
     tmp_path: Path, store: FeatureStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(exporting, "ROWS", 7)
+    monkeypatch.setattr(parts, "ROWS", 7)
     store.publish("A", rows(*[1] * 40, *[-1] * 10), "2026")
     assert export(store, VIEW, tmp_path / "out.parquet", "parquet", False) == 50
     read = pa.parquet.ParquetFile(str(tmp_path / "out.parquet"))

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from conftest import stored
@@ -46,5 +47,5 @@ def test_an_old_store_goes_on_as_the_same_store(old: Path) -> None:
 
 
 def test_an_old_bundle_predicts(old: Path) -> None:
-    table = predict.predict_store(bundle.load(old / "bundle"), FeatureStore.open(str(old / "store"))).table
-    assert table["prediction"].to_pylist() == ["even", "odd"] * 4 + [None]
+    predict.predict_store(bundle.load(old / "bundle"), FeatureStore.open(str(old / "store")), old / "p.parquet")
+    assert pq.read_table(old / "p.parquet")["prediction"].to_pylist() == ["even", "odd"] * 4 + [None]

@@ -35,7 +35,7 @@ def test_ants_and_bees(permafrost: Run, testdata: Path, tmp_path: Path) -> None:
     accuracy = facts["targets"][0]["test"]["head"]["accuracy"]["value"]
     assert accuracy >= 0.94
     assert json.loads((bundle / "bundle.json").read_text())["targets"] == facts["targets"]
-    assert f"| accuracy, test | {accuracy:.4f} [" in (bundle / "report.md").read_text()
+    assert f"| accuracy, test | {accuracy:.4f} [" in (bundle / "MODEL_CARD.md").read_text()
     permafrost("predict", bundle, photographs / "val", "--out", out)
     predicted = pq.read_table(out).to_pylist()
     assert len(predicted) == sum(path.is_file() for path in (photographs / "val").rglob("*"))

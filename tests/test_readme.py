@@ -18,10 +18,13 @@ COMMANDS = [
     "compact",
     "compare",
     "demo",
+    "explore",
     "export",
     "extract",
     "info",
     "predict",
+    "similar",
+    "sql",
     "train",
     "vacuum",
     "verify",
@@ -41,11 +44,13 @@ def workplace(tmp_path: Path, photos: Path) -> Path:
     houses = pd.DataFrame(
         {"house": range(30), "frontal": [f"{n}.png" for n in range(30)], "price": [1e5 + n * 3e3 for n in range(30)]}
     )
+    houses["zipcode"] = [85000 + n % 4 for n in range(30)]
     houses.to_csv(tmp_path / "houses.csv", index=False)
     for number in range(30):
         draw(tmp_path / f"{number}.png", (number * 8, 100, 50))
     files = sorted(f"{path.relative_to(photos)}" for path in photos.rglob("*.png"))
     kinds = [file.split("/")[1] for file in files]
+    draw(tmp_path / "photo.jpg", COLOURS["red"])
     labels = {"file": files, "kind": kinds, "weight": [1.5 * len(kind) for kind in kinds]}
     pd.DataFrame(labels).to_csv(tmp_path / "labels.csv", index=False)
     model, _ = backbones.build("mobilenet_v2")
@@ -73,11 +78,19 @@ def test_every_command_works(workplace: Path, photos: Path, permafrost: Any, mon
     # As two runs at the same moment may leave it: each embedding twice.
     for part in list(workplace.glob("store/embeddings/*/*.parquet")):
         shutil.copy(part, part.with_name(f"2099{part.name}"))
-    assert len(blocks("python")) == 4
+    assert len(blocks("python")) == 3
     monkeypatch.chdir(workplace)
     for recipe in blocks("python"):
         exec(recipe, left := dict[str, Any]())
         assert len(left["images"]) == 24 and {"id", "label", "embedding"} <= set(left["images"].columns), recipe
+
+
+def test_the_pipeline_works(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(workplace)
+    (program,) = blocks("python pipeline")
+    exec(program, left := dict[str, Any]())
+    assert left["search"].predict(left["houses"]).shape == (30,)
+    assert len(pd.read_parquet(workplace / "houses/embeddings/tiny-V2-penultimate")) == 30
 
 
 def test_every_exit_code_of_ours_stands_in_the_table() -> None:
@@ -110,4 +123,4 @@ def test_the_demo_ends_with_what_the_readme_shows(tmp_path: Path, permafrost: An
         return re.sub(r"\d[\d.,]*", "#", re.sub(r"[ \t]+", " ", text)).replace(" \n", "\n").strip()
 
     assert without_numbers(done.stdout) == without_numbers(shown)
-    assert (tmp_path / "permafrost-demo/bundle/report.md").is_file()
+    assert (tmp_path / "permafrost-demo/bundle/MODEL_CARD.md").is_file()
