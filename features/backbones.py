@@ -164,7 +164,7 @@ def build(name: str, member: str | None = None) -> tuple[nn.Module, str]:
 def with_classifier(name: str, member: str) -> nn.Module:
     """Build a model whole, randomly initialised, for the input size of a member of its weights."""
     if name == "tiny":
-        return models.mobilenet_v2(width_mult=0.5)  # type: ignore[no-any-return]
+        return models.mobilenet_v2()  # type: ignore[no-any-return]
     options: dict[str, Any] = dict(_PUBLISHED_AS.get(name, {}))
     if name.startswith("vit_"):
         options["image_size"] = weights.member(name, member).meta["min_size"][0]

@@ -26,7 +26,7 @@ POOLINGS = ("avg", "max", "gem", "cls", "flatten")
 _WEIGHT_FILES = (".pth", ".pt", ".bin", ".safetensors")
 # torchvision never published IMAGENET1K_V1 for these two.
 _OTHER_DEFAULTS = {
-    "tiny": "V1",
+    "tiny": "V2",
     "vit_h_14": "IMAGENET1K_SWAG_E2E_V1",
     "regnet_y_128gf": "IMAGENET1K_SWAG_E2E_V1",
 }

@@ -15,6 +15,7 @@ from torchvision import models
 from features.errors import BackboneError
 from features.views import TINY_WEIGHTS, Request
 
+_SCALE = "_scale"
 AUXILIARY = ("aux1.", "aux2.", "AuxLogits.")
 """Classifiers halfway through googlenet and inception_v3, of use in training only."""
 
@@ -38,8 +39,13 @@ def read(request: Request) -> dict[str, Tensor]:
     if request.is_file:
         return read_file(Path(request.weights))
     if request.backbone == "tiny":
-        if request.weights != "V1":
-            raise BackboneError(f"tiny has no weights {request.weights!r}; use V1, a file, or untrained")
+        if request.weights == "V1":
+            raise BackboneError(
+                "weights V1 of tiny are no longer in the package: what they embedded can be read and trained on, "
+                "but for new images embed all of them with V2 (leave --weights away) and train on that view"
+            )
+        if request.weights != "V2":
+            raise BackboneError(f"tiny has no weights {request.weights!r}; use V2, a file, or untrained")
         return read_file(TINY_WEIGHTS)
     weights = member(request.backbone, request.weights)
     if hub_file(weights).is_file():
@@ -55,7 +61,7 @@ def read(request: Request) -> dict[str, Tensor]:
 
 
 def read_file(path: Path) -> dict[str, Tensor]:
-    """Read a state dict from a ``.safetensors`` file or one written by `torch.save`."""
+    """Read a state dict from a ``.safetensors`` file or one written by `torch.save`; undo what `quantised` did."""
     if not path.is_file():
         raise BackboneError(f"weight file {path} is not there; say where it is with --weights")
     try:
@@ -70,7 +76,41 @@ def read_file(path: Path) -> dict[str, Tensor]:
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         held = ", ".join(map(str, state)) if isinstance(state, dict) else type(state).__name__
         raise BackboneError(f"weight file {path} is not a state dict (it holds {held}); save model.state_dict()")
-    return state
+    return _dequantised(state)
+
+
+def quantised(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Round the weights of convolutions to int8, on a scale of its own for each output channel.
+
+    Parameters
+    ----------
+    state : dict of str to torch.Tensor
+        float32.
+
+    Returns
+    -------
+    dict of str to torch.Tensor
+        Weights of convolutions as int8 from -127 to 127, and beside each, under its name and ``_scale``, the float32
+        of shape (channels, 1, 1, 1) to multiply it with. Everything else as it is.
+    """
+    rounded = dict(state)
+    for key, tensor in state.items():
+        if tensor.ndim == 4:
+            scale = tensor.abs().amax((1, 2, 3), keepdim=True).clamp(min=1e-12) / 127
+            rounded |= {key: (tensor / scale).round().to(torch.int8), key + _SCALE: scale}
+    return rounded
+
+
+def _dequantised(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    rounded = {key for key in state if state[key].dtype == torch.int8 and key + _SCALE in state}
+    if not rounded:
+        return state
+    scales = {key + _SCALE for key in rounded}
+    return {
+        key: tensor * state[key + _SCALE] if key in rounded else tensor
+        for key, tensor in state.items()
+        if key not in scales
+    }
 
 
 def fit(model: nn.Module, state: dict[str, Tensor], head: str, origin: str) -> None:

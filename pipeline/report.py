@@ -90,8 +90,8 @@ def notes(facts: dict[str, Any]) -> list[str]:
     if rows["overlap"]:
         some = ", ".join(rows["overlapping"]) + (" …" if rows["overlap"] > len(rows["overlapping"]) else "")
         said.append(
-            f"{rows['overlap']:,} of {rows['test']:,} test samples have a copy, a near duplicate or a member of their "
-            f"group in the training set ({some}): the test score flatters."
+            f"The training set has a copy, a near duplicate or a member of the group of {rows['overlap']:,} of "
+            f"{rows['test']:,} test samples ({some}): the test score flatters."
         )
     for metric, score in (facts["together"] or {}).items():
         said.append(f"All {len(facts['targets'])} labels together: {NAMES[metric]} {_cell(score)}.")

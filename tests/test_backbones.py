@@ -306,12 +306,3 @@ def test_a_view_refuses_another_spec_and_names_the_difference() -> None:
     view.require({"layer": PENULTIMATE, "weights": "aaa"})
     with pytest.raises(ViewMismatch, match=r"weights is 'aaa', asked for 'bbb'.*--view"):
         view.require({"weights": "bbb", "layer": PENULTIMATE})
-
-
-def test_tiny_is_small_and_better_than_nothing() -> None:
-    from features.views import TINY_WEIGHTS
-
-    assert TINY_WEIGHTS.stat().st_size <= 3_000_000
-    assert (
-        backbones.load([Request.parse("tiny")]).specs[0] != backbones.load([Request.parse("tiny", UNTRAINED)]).specs[0]
-    )

@@ -36,8 +36,8 @@ def test_from_photographs_to_predictions(process: Run, photos: Path, tmp_path: P
     rows = pq.read_table(out).to_pylist()
     assert [row["prediction"] for row in rows] == [row["id"].split("/")[0] for row in rows]
     info = answer(process("info", tmp_path / "store", "--json"))
-    assert info["views"]["tiny-V1-penultimate"]["samples"] == 24 and info["columns"] == ["label", "split"]
-    assert "tiny-V1-penultimate" in process("info", tmp_path / "store").stdout
+    assert info["views"]["tiny-V2-penultimate"]["samples"] == 24 and info["columns"] == ["label", "split"]
+    assert "tiny-V2-penultimate" in process("info", tmp_path / "store").stdout
 
 
 def test_a_dry_run_writes_nothing(permafrost: Run, photos: Path, tmp_path: Path) -> None:
@@ -168,12 +168,12 @@ def test_two_views_have_to_be_told_apart(permafrost: Run, photos: Path, tmp_path
     permafrost(*extract, "--weights", "untrained", "--limit", 5)
     train = ("train", tmp_path / "store", "--target", "label", "--out", tmp_path / "bundle", "--folds", 2)
     assert (
-        "pick one with --view; it has tiny-V1-penultimate, tiny-untrained-penultimate"
+        "pick one with --view; it has tiny-V2-penultimate, tiny-untrained-penultimate"
         in permafrost(*train, code=2).stderr
     )
     said = permafrost(*train, "--view", "tiny-untrained-penultimate", code=2).stderr
     assert "too few" in said or "fewer members" in said or "two classes" in said
-    assert "accuracy, 2 folds" in permafrost(*train, "--view", "tiny-V1-penultimate").stdout
+    assert "accuracy, 2 folds" in permafrost(*train, "--view", "tiny-V2-penultimate").stdout
     assert set(COLOURS) == {"red", "green", "blue"}
 
 

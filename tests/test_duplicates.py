@@ -131,7 +131,7 @@ def test_more_pairs_than_are_kept_at_once(monkeypatch: pytest.MonkeyPatch) -> No
 def embedded(source: str, tmp_path: Path) -> tuple[list[str], Matrix]:
     store = FeatureStore.open_or_new(str(tmp_path / "store"))
     extract(list_source(source), store, [Request.parse("tiny")], compile="off")
-    ids, X, _ = store.load("tiny-V1-penultimate")
+    ids, X, _ = store.load("tiny-V2-penultimate")
     return list(ids), X
 
 

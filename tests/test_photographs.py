@@ -79,7 +79,7 @@ def test_prices_of_houses_and_counts_of_cells(permafrost: Run, testdata: Path, t
 @pytest.mark.slow
 def test_the_shipped_backbone_beats_the_same_network_untrained(permafrost: Run, testdata: Path, tmp_path: Path) -> None:
     accuracy = {}
-    for weights in ("V1", "untrained"):
+    for weights in ("V2", "untrained"):
         for source in ("hymenoptera", "caltech20"):
             store = tmp_path / source
             permafrost("extract", testdata / source, "--store", store, "--backbone", "tiny", "--weights", weights)
@@ -88,5 +88,5 @@ def test_the_shipped_backbone_beats_the_same_network_untrained(permafrost: Run, 
                 permafrost("train", store, "--view", view, "--target", "label", "--out", tmp_path / "b", "--json")
             )
             accuracy[source, weights] = facts["targets"][0]["cross_validation"]["head"]["accuracy"]["value"]
-    assert accuracy["hymenoptera", "V1"] > accuracy["hymenoptera", "untrained"] + 0.05
-    assert accuracy["caltech20", "V1"] > accuracy["caltech20", "untrained"] + 0.05
+    assert accuracy["hymenoptera", "V2"] > accuracy["hymenoptera", "untrained"] + 0.05
+    assert accuracy["caltech20", "V2"] > accuracy["caltech20", "untrained"] + 0.05

@@ -90,7 +90,7 @@ def test_the_pipeline_works(workplace: Path, monkeypatch: pytest.MonkeyPatch) ->
     (program,) = blocks("python pipeline")
     exec(program, left := dict[str, Any]())
     assert left["search"].predict(left["houses"]).shape == (30,)
-    assert len(pd.read_parquet(workplace / "houses/embeddings/tiny-V1-penultimate")) == 30
+    assert len(pd.read_parquet(workplace / "houses/embeddings/tiny-V2-penultimate")) == 30
 
 
 def test_every_exit_code_of_ours_stands_in_the_table() -> None:

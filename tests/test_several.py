@@ -84,12 +84,12 @@ def test_a_run_that_is_stopped_goes_on_in_all_views(
 def test_views_are_asked_for_on_the_command_line(permafrost: Any, photos: Path, tmp_path: Path) -> None:
     run = ("extract", photos, "--store", tmp_path / "store", "--backbone", "tiny", "--layer", "features.4")
     facts = answer(permafrost(*run, "--layer", "penultimate", "--pooling", "max", "--json"))
-    assert facts["views"] == ["tiny-V1-features.4-max", "tiny-V1-penultimate"] and facts["embedded"] == 48
+    assert facts["views"] == ["tiny-V2-features.4-max", "tiny-V2-penultimate"] and facts["embedded"] == 48
     said = permafrost(*run, "--layer", "penultimate", "--view", "mine", code=2).stderr
     assert "--view mine names one view, but 2 are asked for" in said and said.count("\n") == 1
     assert "the nearest are features." in permafrost(*run, "--layer", "featuers.4", code=2).stderr
     said = permafrost(*run, "--layer", "penultimate", "--pooling", "max").stdout
-    assert "view tiny-V1-features.4-max, tiny-V1-penultimate" in said
+    assert "view tiny-V2-features.4-max, tiny-V2-penultimate" in said
 
 
 def test_one_name_for_two_views_is_refused(photos: Path, tmp_path: Path, toy: Toy) -> None:

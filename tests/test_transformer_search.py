@@ -121,7 +121,7 @@ def test_a_view_of_another_spec_keeps_its_name(paths: list[str], tmp_path: Path)
     other = BackboneTransformer(store=tmp_path / "store", weights=changed, precision="fp32").fit(paths)
     assert not np.allclose(other.transform(paths), expected, atol=1e-3)
     names = FeatureStore.open(str(tmp_path / "store")).views()
-    assert sorted(names) == ["tiny-V1-penultimate", f"tiny-V1-penultimate-{other.view_.fingerprint[:8]}"]
+    assert sorted(names) == ["tiny-V2-penultimate", f"tiny-V2-penultimate-{other.view_.fingerprint[:8]}"]
     assert (first.transform(paths) == expected).all()
     save_file({key: tensor + 0.02 for key, tensor in load_file(TINY_WEIGHTS).items()}, changed)
     with pytest.raises(ViewMismatch, match="set_params the same weights, or fit again"):

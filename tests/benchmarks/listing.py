@@ -65,7 +65,7 @@ def folder(place: Path) -> None:
         if number % 1000 == 0:
             (tree / f"{number // 1000:03d}").mkdir(parents=True)
         (tree / f"{number // 1000:03d}" / f"{number:06d}.jpg").write_bytes(b"%d" % number)
-    source, view = list_source(str(tree)), View("tiny-V1-penultimate", {}, 64, Request.parse("tiny"))
+    source, view = list_source(str(tree)), View("tiny-V2-penultimate", {}, 64, Request.parse("tiny"))
     store.add_view(view)
     facts, random = read(source.listing), np.random.default_rng(0)
     from features import parts
