@@ -10,7 +10,7 @@ import numpy as np
 from features.embedding import Progress
 from features.errors import DataError
 from features.store import FeatureStore
-from pipeline import dataset, heads, intervals, targets, tuning
+from pipeline import dataset, heads, intervals, streaming, targets, tuning
 from pipeline.dataset import Selection
 from pipeline.evaluate import held_out, held_out_by_dummy
 from pipeline.folds import SEED, fold
@@ -73,7 +73,10 @@ def compare(
     chosen = [store.pick_view(name) for name in views or store.views()]
     if not chosen:
         raise DataError(f"store {store.root.path} has no view to compare; `permafrost extract` makes them")
-    data = dataset.load(store, chosen, store.snapshot(), [target], selection)
+    dims = sum(view.dim for view in chosen)
+    data = dataset.load(
+        store, chosen, store.snapshot(), [target], selection, lambda rows, dim: streaming.never(rows, dims)
+    )
     asked = targets.read(data.samples, [target], task or ("regression" if log else None))
     if len(asked) > 1:
         raise DataError(f"column {target!r} holds lists of labels; compare takes one target at a time")

@@ -20,7 +20,7 @@ from features import reading
 from features.embedding import Progress
 from features.errors import DataError
 from features.store import FeatureStore
-from pipeline import atlas, dataset, galleries, page, problems, thumbnails
+from pipeline import atlas, dataset, galleries, page, problems, streaming, thumbnails
 from pipeline.atlas import COMPONENTS
 from pipeline.duplicates import BLOCK, MOST_PAIRS, Pairs
 from pipeline.folds import SEED
@@ -86,7 +86,7 @@ def explore(
     """
     require_free(out)
     chosen, snapshot = store.pick_view(view), store.snapshot()
-    data = dataset.load(store, [chosen], snapshot, [], dataset.Selection(where))
+    data = dataset.load(store, [chosen], snapshot, [], dataset.Selection(where), streaming.never)
     samples, X = data.samples, np.asarray(data.embeddings[chosen.name])
     label, distance = clustered(X, clusters)
     pairs = problems.near_duplicates(samples, data.groups.pairs)

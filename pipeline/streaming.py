@@ -66,6 +66,21 @@ def chosen(asked: bool | None, rows: int, dim: int, head: str | None, **options:
     return True
 
 
+def never(rows: int, dim: int) -> bool:
+    """Never read embeddings block by block.
+
+    Raises
+    ------
+    DataError
+        If they, and what is made of them, would take more than there is of memory.
+    """
+    if COPIES * 4 * rows * dim > memory():
+        size = f"{rows:,} embeddings of {dim:,} numbers, with what is made of them, take"
+        had = f"{COPIES * 4 * rows * dim / 2**30:.1f} GiB of memory, and there are {memory() / 2**30:.1f}"
+        raise DataError(f"{size} {had}; choose fewer with --where, or a smaller view")
+    return False
+
+
 def fit(head: Pipeline, X: Blocks, y: NDArray[Any]) -> Pipeline:
     """Fit a head to a matrix in a file: first what scales it, then by stochastic gradient descent over the blocks.
 

@@ -249,3 +249,15 @@ def test_what_no_block_can_give_is_refused_before_the_work(store: FeatureStore, 
                 train(store, "label", tmp_path / "bundle", head=name, stream=True, **NO_IMAGES)
     with pytest.raises(DataError, match="needs all at once"):
         train(store, "label", tmp_path / "bundle", head="auto", stream=True, **NO_IMAGES)
+
+
+def test_what_needs_all_at_once_says_so_where_memory_does_not_do(
+    store: FeatureStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, permafrost: Permafrost
+) -> None:
+    monkeypatch.setattr(streaming, "memory", lambda: streaming.COPIES * 4 * ROWS * DIM - 1)
+    look = ["explore", store.root.path, "--out", tmp_path / "look", "--no-images"]
+    for command in (look, ["compare", store.root.path, "--target", "label"]):
+        said = permafrost(*command, code=2).stderr
+        assert said.count("\n") == 1 and "600 embeddings of 6 numbers" in said and "choose fewer with --where" in said
+    assert [path.name for path in tmp_path.iterdir()] == ["store"]
+    permafrost(*look, "--where", "id < '000300'")
