@@ -245,6 +245,17 @@ def stored(store: FeatureStore, view: View) -> dict[str, NDArray[np.float32]]:
     return found
 
 
+def peak_memory(*arguments: object) -> int:
+    """Run the command as a process, and tell the most bytes it held; `ru_maxrss` would count those of its parent."""
+    child, most = subprocess.Popen([sys.executable, "-m", "pipeline.cli", *map(str, arguments)]), 0
+    while child.poll() is None:
+        told = Path(f"/proc/{child.pid}/status").read_text()
+        most = max(most, *(int(line.split()[1]) * 1024 for line in told.splitlines() if line.startswith("VmHWM")), 0)
+        time.sleep(0.02)
+    assert child.returncode == 0
+    return most
+
+
 def predicted(bundle: Bundle, store: FeatureStore, out: Path) -> pd.DataFrame:
     """What a bundle says of a store."""
     predict.predict_store(bundle, store, out)

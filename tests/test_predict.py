@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import subprocess
-import sys
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -17,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from numpy.typing import NDArray
 
-from conftest import Toy, draw, predicted, stored
+from conftest import Toy, draw, peak_memory, predicted, stored
 from features import parts, samples
 from features.errors import ViewMismatch
 from features.extract import extract
@@ -263,9 +260,7 @@ def test_the_peak_memory_of_the_process(tmp_path: Path) -> None:
     for rows in (1000, 300_000):
         filled(tmp_path / f"{rows}", rows)
         command = ["predict", tmp_path / "b", tmp_path / f"{rows}", "--out", tmp_path / "p.parquet", "--json"]
-        child = subprocess.Popen([sys.executable, "-m", "pipeline.cli", *map(str, command)])
-        _, status, usage = os.wait4(child.pid, 0)
-        child.returncode, peaks[rows] = os.waitstatus_to_exitcode(status), usage.ru_maxrss * 1024
-        assert child.returncode == 0 and pq.read_metadata(tmp_path / "p.parquet").num_rows == rows
+        peaks[rows] = peak_memory(*command)
+        assert pq.read_metadata(tmp_path / "p.parquet").num_rows == rows
     # The probabilities alone take 600 MB.
     assert peaks[300_000] - peaks[1000] < 2**29
