@@ -23,6 +23,7 @@ SHARE = 0.5
 """Of the memory that these may take."""
 STEPS = 1_000_000
 """Examples after which stochastic gradient descent has converged, by scikit-learn's guide; of fewer, several passes."""
+MOST_PASSES = 100
 
 
 def needed(rows: int, dim: int) -> bool:
@@ -108,7 +109,7 @@ def fit(head: Pipeline, X: Blocks, y: NDArray[Any]) -> Pipeline:
         # It cannot be read off a block.
         weights = compute_class_weight(asked, classes=known["classes"], y=y)
         model.set_params(class_weight=dict(zip(known["classes"], weights, strict=True)))
-    for _ in range(-(-STEPS // len(y))):
+    for _ in range(min(MOST_PASSES, -(-STEPS // len(y)))):
         for rows, some in X:
             # Up to scikit-learn 1.9 the mean of the intercepts is overwritten by the last of them, for several classes.
             if hasattr(model, "_standard_intercept"):
