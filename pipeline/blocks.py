@@ -109,8 +109,9 @@ def write(root: Root, view: View, wanted: pa.ChunkedArray, file: BinaryIO) -> tu
     block = np.random.default_rng(SEED).permutation(len(wanted)) // most
     free = np.arange(0, len(wanted), most)
     stored = np.full(len(wanted), -1)
-    # So that a disk without the space says so before the work.
-    os.posix_fallocate(file.fileno(), 0, max(1, len(wanted) * size))
+    if hasattr(os, "posix_fallocate"):
+        # So that a disk without the space says so before the work.
+        os.posix_fallocate(file.fileno(), 0, max(1, len(wanted) * size))
     for rows, vectors in parts.join(root, view, wanted):
         order = np.argsort(block[rows], kind="stable")
         numbers, starts = np.unique(block[rows[order]], return_index=True)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import getpass
+import hashlib
 import json
+import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+from filelock import FileLock
 from numpy.typing import NDArray
 
 from features import embedding, fill, parts, samples
@@ -29,7 +33,11 @@ KEPT = 4
 """Backbones that a process holds; of more, the one used longest ago goes."""
 
 _loaded: dict[tuple[Request, str, str], Backbone] = {}
-_loading, _filling = Lock(), Lock()
+_loading = Lock()
+
+
+class _Lacking(Exception):
+    """A store has no embedding of an image."""
 
 
 class Embedded(NamedTuple):
@@ -92,18 +100,24 @@ def embed(images: Images, view: View, store: FeatureStore | None, backbone: Call
     view = _view_in(store, view) if store else view
     target = Target(view.name, view.request, Present(), view, view.spec["decode"])
     facts, new = dict[str, dict[str, Any]](), Vectors()
-    # Threads that fill a store at once would embed the same images.
-    with _filling if store else nullcontext():
-        if store:
-            parts.look(store.root, view, target.present)
+    if store is None:
         for some, vectors in _parts(images, Stream([target], backbone)):
             facts |= some
-            if store and vectors:
-                store.add_view(view)
-                fill.add(store, target, vectors)
-            elif vectors:
-                target.present.sha256.update(vectors)
-                new |= vectors
+            target.present.sha256.update(vectors)
+            new |= vectors
+    else:
+        parts.look(store.root, view, target.present)
+        try:
+            for some, _ in _parts(images, Stream([target], _refuse)):
+                facts |= some
+        except _Lacking:
+            with _alone(store):
+                parts.look(store.root, view, target.present)
+                for some, vectors in _parts(images, Stream([target], backbone)):
+                    facts |= some
+                    if vectors:
+                        store.add_view(view)
+                        fill.add(store, target, vectors)
     told = [facts.get(place or "", {}) for place in images.places]
     keys = [each["sha256"] if each.get("status") == "ok" else None for each in told]
     reasons = {cell: each["error"] for cell, each in enumerate(told) if each.get("error")}
@@ -117,6 +131,16 @@ def embed(images: Images, view: View, store: FeatureStore | None, backbone: Call
         if key is not None:
             matrix[cell] = new[key]
     return Embedded(np.array([key is not None for key in keys]), matrix, reasons)
+
+
+def _refuse() -> Backbone:
+    raise _Lacking
+
+
+def _alone(store: FeatureStore) -> FileLock:
+    """Held by one thread of one of this user's processes at a time: others would embed the same images."""
+    name = hashlib.sha256(store.root.url.encode()).hexdigest()[:16]
+    return FileLock(Path(tempfile.gettempdir(), f"permafrost-{getpass.getuser()}-{name}.lock"))
 
 
 def _view_in(store: FeatureStore, view: View) -> View:

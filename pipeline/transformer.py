@@ -39,9 +39,9 @@ class BackboneTransformer(TransformerMixin, BaseEstimator):  # type: ignore[misc
     With a store, images whose embeddings it has are read but neither decoded nor embedded, and new embeddings are
     added to it every 2,048 images at the latest; its listing stays as it is. An image is known by the SHA-256 of its
     bytes; PIL images and arrays by that of their pixels as a PPM file, so that they share an embedding with such a file
-    and no other. Threads of one process embed an image once; processes that meet the same new image at the same moment
-    each embed it, so fill the store first, with ``permafrost extract`` or one `transform`. ``permafrost vacuum``
-    removes embeddings of images that are not in the listing.
+    and no other. Threads and processes of one user on one machine embed an image once: while one of them fills the
+    store, others wait for what they lack. To use all cores for that, fill it first, with ``permafrost extract`` or one
+    `transform`. ``permafrost vacuum`` removes embeddings of images that are not in the listing.
 
     The model is never compiled here: for many images, ``permafrost extract`` is faster. Beside other work on the same
     cores, set ``OMP_WAIT_POLICY=passive`` before torch is imported, as the command line does.

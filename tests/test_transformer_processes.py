@@ -13,14 +13,15 @@ import numpy as np
 import pytest
 from joblib import Parallel, delayed, parallel_config
 from numpy.typing import NDArray
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from sklearn.base import clone
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import Pipeline
 
 from conftest import colours, searched
-from features import backbones
+from features import backbones, weights
 from features.errors import ViewMismatch
+from features.forward import Forward
 from features.views import TINY_WEIGHTS
 from pipeline import readthrough
 from pipeline.transformer import BackboneTransformer
@@ -42,20 +43,24 @@ def test_threads_share_a_backbone_and_embed_an_image_once(
     assert threading.active_count() < 20
 
 
-_tally: list[Any] = []
+_loaded: list[Any] = []
+_forwarded: list[int] = []
 
 
-def _in_a_worker(transformer: BackboneTransformer, paths: list[str]) -> tuple[int, int, NDArray[np.float32]]:
+def _in_a_worker(transformer: BackboneTransformer, paths: list[str]) -> tuple[int, int, int, NDArray[np.float32]]:
     if not hasattr(backbones.load, "__wrapped__"):
-        load = backbones.load
-        backbones.load = functools.wraps(load)(lambda *arguments: _tally.append(1) or load(*arguments))
-    embeddings = clone(transformer).fit(paths).transform(paths)
+        load, run = backbones.load, Forward.__call__
+        backbones.load = functools.wraps(load)(lambda *arguments: _loaded.append(1) or load(*arguments))
+        Forward.__call__ = lambda self, images: _forwarded.append(len(images)) or run(self, images)  # type: ignore
+    _forwarded.clear()
+    clone(transformer).fit(paths).transform(paths)
+    embedded = sum(_forwarded)
     embeddings = pickle.loads(pickle.dumps(transformer)).set_params(store=None).transform(paths)
-    return os.getpid(), len(_tally), embeddings
+    return os.getpid(), len(_loaded), embedded, embeddings
 
 
 @pytest.mark.slow
-def test_worker_processes_load_once_each_and_share_a_store(
+def test_worker_processes_load_once_each_and_embed_an_image_once(
     paths: list[str], tmp_path: Path, permafrost: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
@@ -63,8 +68,9 @@ def test_worker_processes_load_once_each_and_share_a_store(
     stored = BackboneTransformer(store=tmp_path / "store").fit(paths)
     jobs = [delayed(_in_a_worker)(stored, paths[start:] + paths[:start]) for start in (0, 6, 12, 18)]
     done = Parallel(n_jobs=2)(jobs)
-    assert os.getpid() not in {pid for pid, _, _ in done} and {loads for _, loads, _ in done} == {1}
-    for (_, _, embeddings), start in zip(done, (0, 6, 12, 18), strict=True):
+    assert os.getpid() not in {pid for pid, *_ in done} and {loads for _, loads, *_ in done} == {1}
+    assert sum(embedded for _, _, embedded, _ in done) == len(paths)
+    for (*_, embeddings), start in zip(done, (0, 6, 12, 18), strict=True):
         assert np.allclose(embeddings, np.roll(expected, -start, axis=0), rtol=0, atol=1e-5)
     permafrost("verify", tmp_path / "store")
     search = searched(BackboneTransformer(store=tmp_path / "store"), n_jobs=2).fit(paths, colours(paths))
@@ -86,7 +92,7 @@ for weights in (None, "moved.safetensors", "changed.safetensors"):
 
 
 def test_a_pickle_works_in_another_process_and_refuses_other_weights(paths: list[str], tmp_path: Path) -> None:
-    tensors = load_file(TINY_WEIGHTS)
+    tensors = weights.read_file(TINY_WEIGHTS)
     save_file(tensors, tmp_path / "weights.safetensors")
     step = BackboneTransformer(weights=tmp_path / "weights.safetensors", precision="fp32")
     model = Pipeline([("images", step), ("head", LogisticRegression())]).fit(paths, colours(paths))
@@ -95,7 +101,7 @@ def test_a_pickle_works_in_another_process_and_refuses_other_weights(paths: list
     there.mkdir()
     (there / "model.pickle").write_bytes(pickle.dumps((model, [Path(path).read_bytes() for path in paths])))
     (tmp_path / "weights.safetensors").rename(there / "moved.safetensors")
-    next(iter(tensors.values())).view(-1)[0] += 1
+    tensors["features.0.0.weight"].view(-1)[0] += 1
     save_file(tensors, there / "changed.safetensors")
     environment = os.environ | {"PYTHONPATH": f"{Path(__file__).parents[1]}"}
     command = [sys.executable, "-c", PICKLED]

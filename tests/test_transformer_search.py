@@ -11,7 +11,7 @@ import pytest
 import sklearn
 from numpy.typing import NDArray
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from sklearn.compose import make_column_transformer
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.metrics import accuracy_score, make_scorer
@@ -20,7 +20,7 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import OneHotEncoder, StandardScaler
 
 from conftest import Toy, colours, draw, searched
-from features import embedding, images
+from features import embedding, images, weights
 from features.errors import ViewMismatch
 from features.store import FeatureStore
 from features.views import TINY_WEIGHTS
@@ -116,14 +116,14 @@ def test_pixels_share_the_embedding_of_their_file_without_compression_alone(
 def test_a_view_of_another_spec_keeps_its_name(paths: list[str], tmp_path: Path) -> None:
     first = BackboneTransformer(store=tmp_path / "store", precision="fp32").fit(paths)
     expected = first.transform(paths)
-    changed = tmp_path / "V1.safetensors"
-    save_file({key: tensor + 0.01 for key, tensor in load_file(TINY_WEIGHTS).items()}, changed)
+    changed = tmp_path / "V2.safetensors"
+    save_file({key: tensor + 0.01 for key, tensor in weights.read_file(TINY_WEIGHTS).items()}, changed)
     other = BackboneTransformer(store=tmp_path / "store", weights=changed, precision="fp32").fit(paths)
     assert not np.allclose(other.transform(paths), expected, atol=1e-3)
     names = FeatureStore.open(str(tmp_path / "store")).views()
     assert sorted(names) == ["tiny-V2-penultimate", f"tiny-V2-penultimate-{other.view_.fingerprint[:8]}"]
     assert (first.transform(paths) == expected).all()
-    save_file({key: tensor + 0.02 for key, tensor in load_file(TINY_WEIGHTS).items()}, changed)
+    save_file({key: tensor + 0.02 for key, tensor in weights.read_file(TINY_WEIGHTS).items()}, changed)
     with pytest.raises(ViewMismatch, match="set_params the same weights, or fit again"):
         other.set_params(store=None).transform(paths)
 
