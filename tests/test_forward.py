@@ -139,14 +139,16 @@ def test_auto_is_for_the_hardware_and_then_for_the_view(
 ) -> None:
     store = FeatureStore.open_or_new(str(tmp_path / "store"))
     monkeypatch.setattr(forward, "_has_bf16", lambda _: has)
+    # It bears sixteen bits, which tiny does not.
+    request = Request.parse("squeezenet1_1", "untrained")
     first = sorted(photos.rglob("*.png"))[:6]
     aside = [path.rename(photos.parent / f"{number}.png") for number, path in enumerate(first)]
-    extract(list_source(str(photos)), store, [Request.parse("tiny")])
+    extract(list_source(str(photos)), store, [request])
     assert precision_of(store) == ("bf16" if has else "fp32")
     monkeypatch.setattr(forward, "_has_bf16", lambda _: not has)
     for old, new in zip(aside, first, strict=True):
         old.rename(new)
-    assert extract(list_source(str(photos)), store, [Request.parse("tiny")])["embedded"] == 6
+    assert extract(list_source(str(photos)), store, [request])["embedded"] == 6
     assert len(store.views()) == 1 and len(store.load().ids) == 24
 
 
