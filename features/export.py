@@ -104,12 +104,15 @@ def require_file(out: Path) -> None:
     Raises
     ------
     DataError
-        If its folder is not there, or it is one.
+        If its folder is not there or a store, or it is one.
     """
     if not out.absolute().parent.is_dir():
         raise DataError(f"folder {out.absolute().parent} is not there; make it first, or write elsewhere")
     if out.is_dir():
         raise DataError(f"{out} is a directory; name a file, such as {out / 'samples.parquet'}")
+    for folder in out.resolve().parents:
+        if (folder / "store.json").exists():
+            raise DataError(f"{out} is in the store {folder}, whose files are its own; write elsewhere")
 
 
 def _joined(

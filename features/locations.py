@@ -42,7 +42,7 @@ def as_text(name: str) -> str:
 
 def as_uri(path: str) -> str:
     """A local path as it is, or, where it is not Unicode, as a file URL."""
-    return path if path.isascii() or as_text(path) == path else Path(path).as_uri()
+    return path if path.isascii() or as_text(path) == path else Path(path).absolute().as_uri()
 
 
 # What is there

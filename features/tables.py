@@ -51,7 +51,8 @@ def list_table(location: str, image: str | None, id_column: str | None) -> pa.Ta
                 raise SourceError(f"{shown} has no column {column!r} for {option}; it has {', '.join(header)}")
         table = _read(file, location, {image, id_column or image})
     own = [name for name in table.column_names if name != image and not (name == id_column and name.lower() == "id")]
-    samples.require_free_names(own, f"table {shown}", "rename it, or pass --id id to use an 'id' as such")
+    remedy = "rename it, or pass --id id to use an 'id' as such" if "id" in own else "rename it"
+    samples.require_free_names(own, f"table {shown}", remedy)
     uris = _uris(table[image], location)
     if id_column:
         ids = table[id_column].combine_chunks()

@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from features.errors import PermafrostError, redacted
+from features.errors import PermafrostError, SourceError, redacted
 from pipeline import cli_heads, cli_query, cli_store
 from pipeline.cli_heads import print_scores
 from pipeline.cli_store import JsonOption
@@ -42,7 +42,7 @@ SourceArgument = Annotated[
     ),
 ]
 BundleArgument = Annotated[Path, typer.Argument(metavar="BUNDLE", help="Directory that `train` wrote.")]
-ImageOption = Annotated[str | None, typer.Option("--image", metavar="COLUMN", help="Image column of a table.")]
+ImageOption = Annotated[list[str] | None, typer.Option("--image", metavar="COLUMN", help="Image column of a table.")]
 IdOption = Annotated[
     str | None, typer.Option("--id", metavar="COLUMN", help="Id column of a table.", show_default="the image column")
 ]
@@ -120,7 +120,7 @@ def extract(
     listed = list_source(
         source,
         name=name,
-        image=image,
+        image=_only(image),
         id_column=id_column,
         columns=columns,
         shard=Shard.parse(shard),
@@ -186,7 +186,7 @@ def predict(
     if FeatureStore.is_store(source):
         counts = predict.predict_store(trained, FeatureStore.open(source), out, watch=console.progress)
     else:
-        listed = list_source(source, image=image, id_column=id_column)
+        listed = list_source(source, image=_only(image), id_column=id_column)
         reused = FeatureStore.open_or_new(store) if store else None
         counts = predict.predict_source(
             trained, listed, out, store=reused, weights=weights, device=device, watch=console.progress
@@ -242,6 +242,15 @@ def demo(
         say_result(facts | {"bundle": str(out / "bundle"), "predictions": str(predictions)}, as_json, "")
     else:
         print_scores(facts, out / "bundle")
+
+
+def _only(image: list[str] | None) -> str | None:
+    if image and len(image) > 1:
+        raise SourceError(
+            f"a listing has one image column, and --image names {len(image)}; use a store for each, "
+            "or pipeline.transformer.BackboneTransformer for several photos in a row"
+        )
+    return image[0] if image else None
 
 
 def main() -> None:

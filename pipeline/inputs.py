@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
+from threading import Lock
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -18,13 +20,16 @@ TAKEN = "paths, URLs, bytes, PIL images or uint8 arrays of shape (height, width,
 
 Cells = NDArray[np.object_]
 
+# An image that PIL has opened but not read cannot be read by two threads; each image always gets the same lock.
+_READING = [Lock() for _ in range(61)]
+
 
 def cells(X: Any) -> Cells:
     """Lay out what a user passes in rows and image columns.
 
     Parameters
     ----------
-    X : list, numpy.ndarray, Series or DataFrame
+    X : list, numpy.ndarray, Series, DataFrame, pyarrow.ChunkedArray or pyarrow.Table
         A column of images; or several, as lists of equal length, an array of shape (rows, columns) or a frame of pandas
         or Polars; or a uint8 array of shape (images, height, width, channels).
 
@@ -56,6 +61,10 @@ def _columns(X: Any) -> list[list[Any]]:
         return _columns_of_array(X)
     if isinstance(X, pd.DataFrame):
         return [X.iloc[:, place].tolist() for place in range(X.shape[1])]
+    if isinstance(X, pa.Table):
+        return [column.to_pylist() for column in X.columns]
+    if isinstance(X, pa.Array | pa.ChunkedArray):
+        return [X.to_pylist()]
     if hasattr(X, "iter_columns"):  # A frame of Polars.
         return [column.to_list() for column in X.iter_columns()]
     if hasattr(X, "to_list"):  # A Series of either.
@@ -71,7 +80,7 @@ def _columns(X: Any) -> list[list[Any]]:
 
 
 def _columns_of_array(X: NDArray[Any]) -> list[list[Any]]:
-    if X.dtype.kind in "OU" and X.ndim in (1, 2):
+    if X.dtype.kind in "OUT" and X.ndim in (1, 2):
         return [list(column) for column in (X[None] if X.ndim == 1 else X.T)]
     if X.dtype == np.uint8 and X.ndim == 4:
         return [list(X)]
@@ -111,7 +120,9 @@ class Images:
             try:
                 found.places.append(None if is_missing(cell) else found._place(cell))
             except InputError as error:
-                raise InputError(f"row {number // grid.shape[1]} {error}; images are {TAKEN}") from None
+                row, column = divmod(number, grid.shape[1])
+                where = f"row {row} of column {column}" if grid.shape[1] > 1 else f"row {row}"
+                raise InputError(f"{where} {error}; images are {TAKEN}") from None
         return found
 
     def _place(self, cell: Any) -> str:
@@ -119,6 +130,10 @@ class Images:
             path = os.fsdecode(cell)
             if path.startswith("\0"):
                 raise InputError("is a text that begins with NUL")
+            try:
+                path.encode(errors="surrogateescape")
+            except UnicodeEncodeError:
+                raise InputError("is a text that is not Unicode") from None
             return locations.as_uri(path)
         key = f"\0{id(cell)}"
         if isinstance(cell, bytes | bytearray | memoryview | Image.Image):
@@ -146,7 +161,10 @@ class Images:
             if not held.size:
                 raise ImageError("empty", "the array has no pixel")
             held = Image.fromarray(held[..., 0] if held.ndim == 3 and held.shape[2] == 1 else held)
-        return images.as_file(held) if isinstance(held, Image.Image) else bytes(held)
+        if not isinstance(held, Image.Image):
+            return bytes(held)
+        with _READING[id(held) // 16 % len(_READING)]:
+            return images.as_file(held)
 
     def shown(self, number: int) -> str:
         """What stands in a cell, in brackets, for a message."""

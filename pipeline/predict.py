@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from features import parts, samples
 from features.embedding import Progress
 from features.errors import DataError, Drifted
+from features.export import require_file
 from features.fill import fill_as
 from features.guards import require_samples
 from features.sources import Source
@@ -147,8 +148,7 @@ def require_writable(out: Path) -> None:
     """
     if out.suffix != ".parquet" or out.is_dir():
         raise DataError(f"predictions are written as Parquet; name --out {out.with_suffix('.parquet')}")
-    if not out.parent.is_dir():
-        raise DataError(f"folder {out.parent} for --out is not there; make it first")
+    require_file(out)
 
 
 def in_words(found: dict[str, Any]) -> str:

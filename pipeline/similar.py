@@ -148,9 +148,11 @@ def nearest(
     Raises
     ------
     DataError
-        If the condition cannot be answered.
+        If the condition cannot be answered, or nothing is listed at all.
     """
     number = store.newest()
+    if not number:
+        raise DataError(f"store {store.root.path} lists no image; `permafrost extract` does")
     wanted, done = _listed(store, number, ["sha256"], queries.without, where)["sha256"], 0
     best = [(np.empty(0, np.float32), np.empty(0, np.int64)) for _ in queries.names]
     units, total = _units(queries.embeddings), len(wanted)

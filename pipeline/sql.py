@@ -23,6 +23,9 @@ SHOWN = 40
 ROWS = 8192
 """Rows that are handed over at a time."""
 SAMPLES = "samples"
+ALL_VIEWS = ("show", "information_schema", "duckdb_", "query_table")
+"""What asks for tables without naming them."""
+ASKING = {getattr(duckdb.StatementType, name) for name in ("SELECT", "EXPLAIN", "PRAGMA", "CALL", "MULTI")}
 _FORMATS: dict[str, Format] = {".parquet": "parquet", ".csv": "csv", ".arrow": "arrow"}
 
 
@@ -51,7 +54,8 @@ def opened(store: FeatureStore, sql: str, snapshot: int | None = None) -> Iterat
     StoreError
         If there is no such snapshot.
     """
-    views = [view for view in store.views().values() if view.name.lower() in sql.lower()]
+    known, text = store.views().values(), sql.lower()
+    views = [view for view in known if view.name.lower() in text or any(word in text for word in ALL_VIEWS)]
     folded = [SAMPLES, *(view.name.lower() for view in views)]
     if doubled := [name for name in folded if folded.count(name) > 1]:
         raise DataError(f"several tables are called {doubled[0]!r}, since SQL knows no capitals and `samples` is one")
@@ -82,8 +86,10 @@ def opened(store: FeatureStore, sql: str, snapshot: int | None = None) -> Iterat
                 if isinstance(error, OSError) and error.errno:
                     raise
                 told = f"{error}".strip().splitlines() or [type(error).__name__]
-                there = ", ".join([SAMPLES, *(f'"{name}"' for name in store.views())])
+                there = ", ".join([SAMPLES, *(f'"{view.name}"' for view in (known if sql else ()))])
                 remedy = f"; the tables are {there}" if isinstance(error, duckdb.CatalogException) else ""
+                if isinstance(error, duckdb.ParserException) and views:
+                    remedy = f'; views are named in double quotes, as "{views[0].name}"'
                 raise DataError(f"the SQL cannot be answered: {told[0]}{remedy}") from None
 
 
@@ -126,6 +132,9 @@ def write(store: FeatureStore, sql: str, out: Path, snapshot: int | None = None)
         raise DataError(f"--out {out} says no format; name it {', '.join(f'*{suffix}' for suffix in _FORMATS)}")
     count = 0
     with opened(store, sql, snapshot) as connection, _answered(connection, sql) as answer:
+        names = [name.lower() for name in answer.schema.names]
+        if doubled := [name for name in names if names.count(name) > 1]:
+            raise DataError(f"several columns of the answer are called {doubled[0]!r}; name them with AS")
         repeated = [field.name for field in answer.schema if not pa.types.is_nested(field.type)]
         with whole_table(out, answer.schema, _FORMATS[out.suffix], repeated) as add:
             for batch in answer:
@@ -136,9 +145,10 @@ def write(store: FeatureStore, sql: str, out: Path, snapshot: int | None = None)
 
 @contextmanager
 def _answered(connection: duckdb.DuckDBPyConnection, sql: str) -> Iterator[pa.RecordBatchReader]:
-    asked = connection.sql(sql)
-    if asked is None:
+    statements = connection.extract_statements(sql)
+    if not statements or statements[-1].type not in ASKING:
         raise DataError("the SQL cannot be answered: it asks for nothing; write a select")
+    asked = connection.sql(sql)
     with asked.to_arrow_reader(ROWS) as answer:
         yield answer
 

@@ -22,6 +22,11 @@ if TYPE_CHECKING:
 
 MISSING = ("error", "nan", "zeros")
 COMBINE = ("concatenate", "mean")
+_TYPES: dict[Any, tuple[str, ...]] = {
+    str: ("backbone", "precision", "device"),
+    str | None: ("layer", "pooling"),
+    str | os.PathLike | None: ("weights", "store"),
+}
 
 
 class BackboneTransformer(TransformerMixin, BaseEstimator):  # type: ignore[misc]
@@ -41,7 +46,10 @@ class BackboneTransformer(TransformerMixin, BaseEstimator):  # type: ignore[misc
     bytes; PIL images and arrays by that of their pixels as a PPM file, so that they share an embedding with such a file
     and no other. Threads and processes of one user on one machine embed an image once: while one of them fills the
     store, others wait for what they lack. To use all cores for that, fill it first, with ``permafrost extract`` or one
-    `transform`. ``permafrost vacuum`` removes embeddings of images that are not in the listing.
+    `transform`. ``permafrost vacuum`` removes embeddings of images that are not in the listing. Relative paths are
+    relative to the folder one works in, also those of a table that lies elsewhere. Processes that are forked, as by
+    joblib's ``multiprocessing`` backend, may hang once their parent has embedded, since torch's threads do not survive
+    a fork; joblib's own, ``loky``, do not.
 
     The model is never compiled here: for many images, ``permafrost extract`` is faster. Beside other work on the same
     cores, set ``OMP_WAIT_POLICY=passive`` before torch is imported, as the command line does.
@@ -132,9 +140,6 @@ class BackboneTransformer(TransformerMixin, BaseEstimator):  # type: ignore[misc
         StoreError
             If the store is none.
         """
-        for name, value, known in (("missing", self.missing, MISSING), ("combine", self.combine, COMBINE)):
-            if value not in known:
-                raise InputError(f"{name}={value!r} is unknown; use {', '.join(known)}")
         self._images(X, reset=True)
         self.view_ = self._find_view()
         return self
@@ -220,9 +225,20 @@ class BackboneTransformer(TransformerMixin, BaseEstimator):  # type: ignore[misc
             )
         return backbone
 
+    def _check_parameters(self) -> None:
+        for name, known in (("missing", MISSING), ("combine", COMBINE)):
+            if (value := getattr(self, name)) not in known:
+                raise InputError(f"{name}={value!r} is unknown; use {', '.join(known)}")
+        for kind, names in _TYPES.items():
+            for name in names:
+                if not isinstance(value := getattr(self, name), kind):
+                    wanted = "a path or URL" if name == "store" else "a text"
+                    raise InputError(f"{name} is of type {type(value).__name__}; pass {wanted}")
+
     # Images
 
     def _images(self, X: Any, reset: bool) -> Images:
+        self._check_parameters()
         grid = cells(X)
         named = getattr(X, "ndim", len(getattr(X, "shape", ()))) == 2
         validate_data(self, X if named else grid, reset=reset, skip_check_array=True)

@@ -170,6 +170,9 @@ def test_an_empty_store_has_tables_without_rows(tmp_path: Path) -> None:
         "select nope from samples",
         "select 1 from nowhere",
         "",
+        "create table x as select 1",
+        "drop view samples",
+        "vacuum",
         "create table x as select 1; drop view samples; select * from samples where 1 = 'x'",
     ],
 )
@@ -209,20 +212,32 @@ def test_sql_prints_a_table_json_or_a_file(store: FeatureStore, permafrost: Any,
         assert np.array_equal(np.array(X, np.float32), np.stack(list(store.to_pandas().sort_values("id")["embedding"])))
 
 
-@pytest.mark.parametrize("out", ["a.txt", "gone/a.parquet", "."])
+def test_views_are_found_without_being_named(store: FeatureStore, permafrost: Any) -> None:
+    url = store.root.path
+    for asked in ("show tables", "select table_name from information_schema.tables"):
+        assert VIEW.name in permafrost("sql", url, asked).stdout
+    assert sql.answer(store, f"select count(*) from query_table('{QUOTED}')")["rows"] == [[IMAGES + 2]]
+    said = permafrost("sql", url, f"select * from {VIEW.name}-x", code=2).stderr
+    assert f'views are named in double quotes, as "{VIEW.name}"' in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("out", ["a.txt", "gone/a.parquet", ".", "store/samples.parquet", "store/snapshots/9.parquet"])
 def test_where_no_answer_can_be_written_one_line_says_so(
     store: FeatureStore, permafrost: Any, tmp_path: Path, out: str
 ) -> None:
     for command in (["sql", store.root.path, "select 1"], ["similar", store.root.path, "--id", "0001"]):
         done = permafrost(*command, "--out", tmp_path / out, code=2)
         assert done.stderr.count("\n") == 1
-    assert [path.name for path in tmp_path.iterdir()] == ["store"]
+    assert [path.name for path in tmp_path.iterdir()] == ["store"] and len(store.snapshot().samples) > IMAGES
 
 
 def test_an_answer_that_breaks_off_leaves_no_file(store: FeatureStore, permafrost: Any, tmp_path: Path) -> None:
     broken = "select case when i = 200000 then error('oh') else 1 end from range(200001) t(i)"
     permafrost("sql", store.root.path, broken, "--out", tmp_path / "a.parquet", code=2)
     permafrost("sql", store.root.path, "select interval 1 day as d", "--out", tmp_path / "a.parquet", code=2)
+    # Most readers refuse such a file.
+    said = permafrost("sql", store.root.path, "select 1 as a, 2 as A", "--out", tmp_path / "a.parquet", code=2).stderr
+    assert "several columns of the answer are called 'a'; name them with AS" in said
     assert [path.name for path in tmp_path.iterdir()] == ["store"]
 
 

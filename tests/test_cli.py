@@ -66,6 +66,7 @@ def test_each_mistake_is_one_line_and_leaves_nothing(permafrost: Run, photos: Pa
         (2, "cannot be read", ("extract", photos, *ours, "--weights", "none.pth")),
         (2, "precision 'fp8' is unknown", ("extract", photos, *ours, "--precision", "fp8")),
         (2, "--image and --id are for tables", ("extract", photos, *ours, "--image", "file")),
+        (2, "one image column, and --image names 2", ("extract", photos, *ours, "--image", "a", "--image", "b")),
         (2, "does not fit 24 of 24 paths", ("extract", photos, *ours, "--columns", "{year}/{name}")),
         (2, "view name", ("extract", photos, *ours, "--view", "../outside")),
         (2, "neither a count such as 10 nor a share", ("extract", photos, *ours, "--max-failures", "many")),

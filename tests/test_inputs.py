@@ -6,8 +6,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import polars as pl
+import pyarrow as pa
 import pytest
+from joblib import parallel_config
 from PIL import Image
+from sklearn.pipeline import make_union
 
 from features.errors import InputError
 from pipeline.transformer import BackboneTransformer
@@ -33,6 +36,9 @@ def held(paths: list[str]) -> dict[str, Any]:
         "arrays that lie otherwise": [np.asfortranarray(array) for array in arrays],
         "one array": np.stack(arrays),
         "array of texts": np.array(paths),
+        "array of texts of any length": np.array(paths, np.dtypes.StringDType()),
+        "column of Arrow": pa.chunked_array([paths[:5], paths[5:]]),
+        "table of Arrow": pa.table({"image": files}),
         "array of objects": np.array(paths, object),
         "rows of one": [[path] for path in paths],
         "column": np.array(paths, object)[:, None],
@@ -95,6 +101,7 @@ def test_images_of_pil_are_turned_as_their_files_are(tmp_path: Path) -> None:
         ([np.zeros((8, 8, 3), np.float32)], r"row 0 is an array of float32 with shape \(8, 8, 3\)"),
         ([np.zeros((3, 224, 224), np.uint8)], r"row 0 is an array of uint8 with shape \(3, 224, 224\)"),
         (["\x00140"], "row 0 is a text that begins with NUL"),
+        (["\ud800.jpg"], "row 0 is a text that is not Unicode"),
     ],
 )
 def test_what_is_no_image_is_refused_in_one_line(X: Any, told: str, paths: list[str]) -> None:
@@ -103,3 +110,26 @@ def test_what_is_no_image_is_refused_in_one_line(X: Any, told: str, paths: list[
         with pytest.raises(InputError, match=told) as error:
             call(X)
         assert "\n" not in str(error.value) and isinstance(error.value, ValueError)
+
+
+def test_a_wrong_cell_is_told_with_its_column() -> None:
+    with pytest.raises(InputError, match="row 1 of column 1 is of type int: 3"):
+        BackboneTransformer().fit([["a.jpg", "b.jpg"], ["c.jpg", 3]])
+
+
+def test_a_path_need_not_be_unicode(paths: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("x\udcff.png").write_bytes(Path(paths[0]).read_bytes())
+    assert same(*BackboneTransformer().fit_transform([paths[0], "x\udcff.png"]))
+
+
+def test_threads_may_share_images_that_pil_has_only_opened(tmp_path: Path) -> None:
+    random, files = np.random.default_rng(0), [tmp_path / f"{number}.jpg" for number in range(24)]
+    for file in files:
+        Image.fromarray(random.integers(0, 256, (300, 300, 3), np.uint8)).save(file)
+    expected = BackboneTransformer().fit_transform(files)
+    both = make_union(BackboneTransformer(), BackboneTransformer(), n_jobs=2)
+    with parallel_config("threading"):
+        for _ in range(3):
+            found = both.fit_transform([Image.open(file) for file in files])
+            assert same(found, np.hstack([expected, expected]))

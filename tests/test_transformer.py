@@ -197,9 +197,14 @@ def test_parameters_that_mean_nothing_are_refused_by_fit(paths: list[str], tmp_p
         ({"weights": "not-there.pth"}, BackboneError, "not-there.pth cannot be read"),
         ({"device": "cuda:99"}, BackboneError, "device 'cuda:99' is not here"),
         ({"store": tmp_path}, StoreError, "is not empty and no feature store"),
+        ({"backbone": None}, InputError, "backbone is of type NoneType; pass a text"),
+        ({"layer": 3}, InputError, "layer is of type int; pass a text"),
+        ({"store": 5}, InputError, "store is of type int; pass a path or URL"),
     ):
         with pytest.raises(kind, match=told):
             BackboneTransformer(**given).fit(paths)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="missing='skip' is unknown"):
+        BackboneTransformer().fit(paths).set_params(missing="skip").transform(paths)
 
 
 def test_without_fit_nothing_is_transformed(paths: list[str]) -> None:
