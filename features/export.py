@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from features import parts, samples
 from features.errors import DataError
+from features.guards import require_folder
 from features.store import FeatureStore
 from features.views import View
 
@@ -106,8 +107,7 @@ def require_file(out: Path) -> None:
     DataError
         If its folder is not there or a store, or it is one.
     """
-    if not out.absolute().parent.is_dir():
-        raise DataError(f"folder {out.absolute().parent} is not there; make it first, or write elsewhere")
+    require_folder(out.absolute().parent)
     if out.is_dir():
         raise DataError(f"{out} is a directory; name a file, such as {out / 'samples.parquet'}")
     for folder in out.resolve().parents:

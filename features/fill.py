@@ -109,10 +109,10 @@ def look_ahead(
         if view:
             parts.look(store.root, view, present)
         if view and expected:
-            expected.require(view.spec)
+            expected.require(view.spec, "use another --store")
         known = view or expected
         resolved = request.resolved(known.request.precision) if known else request
-        targets.append(Target(name, resolved, present, view, known.spec["decode"] if known else None))
+        targets.append(Target(name, resolved, present, view, known.spec.get("decode") if known else None))
     pending = runs.kept(store.root, source.name)
     mine = before.samples.filter(pc.equal(before.samples["source"], source.name)).select(samples.READING.names)
     known_rows = samples.READING.empty_table() if rehash else pa.concat_tables([*pending.values(), mine])
@@ -209,12 +209,21 @@ def fill_as(
     if weights:
         request = replace(Request.parse(request.backbone, weights), layer=request.layer, pooling=request.pooling)
         request = request.resolved(view.request.precision)
-    same = [name for name, other in store.views().items() if other.fingerprint == view.fingerprint]
-    ahead = look_ahead(source, store, {(same or [view.name])[0]: request}, store.snapshot(), expected=view)
+    same = alike(store, view) or view
+    ahead = look_ahead(source, store, {same.name: request}, store.snapshot(), expected=view)
     filled = fill(source, store, ahead, device=device, progress=progress, expected=view)
     # What is not listed is in no snapshot, so that none will ever make these files needless.
     runs.drop(store.root, filled.pending)
     return filled
+
+
+def alike(store: FeatureStore, wanted: View) -> View | None:
+    """The view of a store with the fingerprint of another view; of several the one with the most embeddings."""
+    same = [view for view in store.views().values() if view.fingerprint == wanted.fingerprint]
+    if len(same) < 2:
+        return same[0] if same else None
+    held = {view.name: sum(len(keys) for _, keys in parts.keys(store.root, view, set())) for view in same}
+    return max(same, key=lambda view: (held[view.name], view.name == wanted.name))
 
 
 def _by_model(targets: list[Target]) -> list[list[Target]]:
@@ -251,8 +260,10 @@ def _load(
             for each in targets:
                 each.request = each.request.resolved(view.request.precision)
             return _load(store, targets, device, compile, images, expected, seconds)
-        for known in filter(None, (expected, view)):
-            known.require(spec)
+        if expected:
+            expected.require(spec, "name the weight file that made them with --weights")
+        if view:
+            view.require(spec)
         target.view = view or View(target.name, spec, dim, target.request.resolved(loaded.precision))
     seconds["load"] += time.perf_counter() - begun
     return loaded

@@ -1,13 +1,15 @@
-"""What is checked before a run publishes: that the listing did not shrink, and how many of something are too many."""
+"""What is checked before the work: that a listing did not shrink, what is too many, and where an answer may go."""
 
 from __future__ import annotations
 
+import os
 import re
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from features.errors import PermafrostError, Shrunk, SourceError
+from features.errors import DataError, PermafrostError, Shrunk, SourceError
 from features.shards import ALL
 from features.sources import Source
 from features.store import Snapshot
@@ -38,6 +40,20 @@ def require_samples(source: Source, before: Snapshot, allow_shrink: bool = False
         )
     if not had and not len(source.listing) and source.shard == ALL:
         raise SourceError(f"source {source.name} holds no image; images are told by extensions such as .jpg and .png")
+
+
+def require_folder(folder: Path, option: str = "--out") -> None:
+    """Check that a file may be made in a folder.
+
+    Raises
+    ------
+    DataError
+        If the folder is not there, or cannot be written.
+    """
+    if not folder.is_dir():
+        raise DataError(f"folder {folder} for {option} is not there; make it first")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise DataError(f"folder {folder} for {option} cannot be written; check who may write there, or name another")
 
 
 def most(text: str | None, total: int, option: str) -> float:

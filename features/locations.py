@@ -265,7 +265,9 @@ def filesystem(url: str) -> tuple[Any, str]:
     except ImportError:
         protocol = url.partition("://")[0]
         extra = EXTRAS.get(protocol)
-        remedy = f"pip install 'permafrost[{extra}]'" if extra else f"install what fsspec needs for {protocol}"
+        remedy = (
+            f"pip install '.[{extra}]' from the repository" if extra else f"install what fsspec needs for {protocol}"
+        )
         raise SourceError(f"{protocol}:// needs a library that is not installed; {remedy}") from None
 
 

@@ -106,15 +106,16 @@ def speed(counts: dict[str, int], seconds: dict[str, float], readers: int, devic
     """Seconds, images/s and busy share by stage, the stage that held the run up, and what would help."""
     spent = _spent(seconds, readers)
     done = {stage: counts["listed" if stage == "list" else "opened"] for stage in STAGES}
-    slowest = max(spent, key=lambda stage: spent[stage]) if counts["opened"] else None
     shares = busy(seconds, readers)
+    slowest = max(spent, key=lambda stage: spent[stage]) if counts["opened"] else None
+    worth = slowest and spent[slowest] > 0.1 * seconds["elapsed"]
     return {
         "device": device,
         "seconds": {stage: round(value, 3) for stage, value in seconds.items()},
         "images_per_second": {stage: round(done[stage] / spent[stage], 1) for stage in STAGES if spent[stage] > 0},
         "busy": {stage: round(share, 3) for stage, share in shares.items()},
         "bottleneck": slowest,
-        "advice": slowest and _advice(slowest, shares, device),
+        "advice": _advice(slowest, shares, device) if slowest and worth else None,
     }
 
 

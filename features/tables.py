@@ -166,6 +166,8 @@ def _empty_is_null(column: pa.ChunkedArray) -> pa.ChunkedArray:
 
 def _only_image_column(shown: str, header: list[str]) -> str:
     known = [name for name in header if name.lower() in IMAGE_COLUMNS]
+    if not header:
+        raise SourceError(f"table {shown} is empty")
     if len(known) != 1:
         raise SourceError(f"name the image column of {shown} with --image; it has {', '.join(header)}")
     return known[0]

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import json
+import sys
 import time
 from pathlib import Path
 from typing import Annotated
@@ -23,7 +24,8 @@ from torch.nn import functional
 from torchvision.transforms import v2
 
 from features import backbones, images, weights
-from features.views import TINY_WEIGHTS, file_sha256
+from features.errors import ImageError, PermafrostError, SourceError
+from features.views import file_sha256
 
 BATCH = 64
 STUDENT_PX, TEACHER_PX = 128, 224
@@ -37,16 +39,20 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 def main(
     teacher: Annotated[Path, typer.Argument(help="State dict of an ImageNet-trained mobilenet_v2.")],
     photos: Annotated[Path, typer.Argument(help="Folder of photographs; no label is read.")],
-    out: Annotated[Path, typer.Option(help="Where the weights go; the log goes beside them.")] = TINY_WEIGHTS,
+    out: Annotated[Path, typer.Option(help="Where the weights go, .safetensors; the log goes beside them.")],
     seed: Annotated[int, typer.Option(help="Fixes crops and order.")] = 0,
-    epochs: Annotated[int, typer.Option(help="Passes over the kept crops.")] = 1,
-    crops: Annotated[int, typer.Option(help="Crops of each photograph.")] = 2,
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the kept crops.")] = 1,
+    crops: Annotated[int, typer.Option(min=1, max=BATCH, help="Crops of each photograph.")] = 2,
     smoke: Annotated[bool, typer.Option(help="One pass over two crops of 128 photographs.")] = False,
 ) -> None:
     """Distil TEACHER into a network for small images that fits into the package."""
+    if out.suffix != ".safetensors" or not out.absolute().parent.is_dir():
+        raise SourceError(f"--out {out} must be a .safetensors file in a folder that is there")
     files = sorted(path for path in photos.rglob("*") if path.suffix.lower() in images.EXTENSIONS)
     if smoke:
         files, crops, epochs = files[:: max(1, len(files) // 128)][:128], 2, 1
+    if len(files) * crops < BATCH:
+        raise SourceError(f"{photos} has {len(files)} photographs; {BATCH // crops} are the least")
     torch.manual_seed(seed)
     started = time.time()
     model = load_teacher(teacher)
@@ -110,7 +116,10 @@ def keep_lessons(files: list[Path], crops: int, teacher: nn.Module) -> tuple[Ten
 
 
 def _pixels(path: Path) -> Tensor:
-    pixels: Tensor = v2.functional.pil_to_tensor(images.decode(path.read_bytes()).image)
+    try:
+        pixels: Tensor = v2.functional.pil_to_tensor(images.decode(path.read_bytes()).image)
+    except (ImageError, OSError) as error:
+        raise SourceError(f"photograph {path} cannot be used ({error}); take it out") from None
     return pixels
 
 
@@ -159,4 +168,7 @@ def distil(seen: Tensor, taught: Tensor, teacher: nn.Module, epochs: int) -> tup
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    try:
+        typer.run(main)
+    except PermafrostError as error:
+        sys.exit(f"features.tiny: {error}")

@@ -172,7 +172,7 @@ class View:
             )
         object.__setattr__(self, "fingerprint", fingerprint(self.spec))
 
-    def require(self, spec: dict[str, Any]) -> None:
+    def require(self, spec: dict[str, Any], remedy: str = "use --view with a new name") -> None:
         """Refuse any spec but this view's own.
 
         Raises
@@ -182,7 +182,7 @@ class View:
         """
         if fingerprint(spec) != self.fingerprint:
             told = self.differences(spec)
-            raise ViewMismatch(f"view {self.name!r} holds other embeddings: {told}; use --view with a new name")
+            raise ViewMismatch(f"view {self.name!r} holds other embeddings: {told}; {remedy}")
 
     def differences(self, spec: dict[str, Any]) -> str:
         """What another spec has otherwise, with both values."""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import re
+import sys
 from collections import OrderedDict
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import torch
@@ -51,7 +53,9 @@ def read(request: Request) -> dict[str, Tensor]:
     if hub_file(weights).is_file():
         return read_file(hub_file(weights))
     try:
-        state: dict[str, Tensor] = weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
+        # It says on the standard output, which belongs to the answer, what it downloads.
+        with redirect_stdout(sys.stderr):
+            state: dict[str, Tensor] = weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
         return state
     except (OSError, RuntimeError) as error:
         raise BackboneError(

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from features.errors import BundleError, DataError
+from features.guards import require_folder
 from features.views import View
 from pipeline.audit import TRUSTED, audit, in_short, require_array
 from pipeline.soundness import require_answers, require_sound
@@ -67,8 +68,7 @@ def require_free(out: Path) -> None:
         others = sorted(path.name for path in out.iterdir() if path.name not in known)
         if others:
             raise DataError(f"{out} holds {others[0]} beside a bundle; move it, or use another --out")
-    if not out.parent.is_dir():
-        raise DataError(f"folder {out.parent} for --out is not there; make it first")
+    require_folder(out.parent)
 
 
 def save(

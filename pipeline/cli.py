@@ -103,7 +103,7 @@ def extract(
     max_seconds: Annotated[
         float | None, typer.Option(min=0, metavar="S", help="Stop after so long, keep what is done, and exit 7.")
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done; write nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be read; load and write nothing.")] = False,
     limit: Annotated[int | None, typer.Option(min=1, metavar="N", help="Only the first N samples by id.")] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -181,7 +181,7 @@ def predict(
     from pipeline import bundle as bundles
     from pipeline import console, predict
 
-    predict.require_writable(out)
+    predict.require_writable(out, source)
     trained = bundles.load(bundle)
     if FeatureStore.is_store(source):
         counts = predict.predict_store(trained, FeatureStore.open(source), out, watch=console.progress)
@@ -206,7 +206,7 @@ def backbones(as_json: JsonOption = False) -> None:
 
     rows = catalogue()
     if as_json:
-        say_result(rows, as_json, "")
+        say_result({"backbones": rows}, as_json, "")
         return
     console.table(
         ["backbone", "weights", "dim", "M params", "GFLOPs", "ImageNet top-1 %", "on disk"],

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from features import parts, samples
 from features.errors import DataError, ViewMismatch
+from features.fill import alike
 from features.store import FeatureStore, Snapshot
 from features.views import View
 from pipeline import blocks
@@ -249,12 +250,10 @@ def matching_view(store: FeatureStore, wanted: View) -> View:
     ViewMismatch
         If there is none.
     """
-    views = store.views()
-    for view in views.values():
-        if view.fingerprint == wanted.fingerprint:
-            return view
-    if wanted.name in views:
-        views[wanted.name].require(wanted.spec)
+    if view := alike(store, wanted):
+        return view
+    if view := store.view(wanted.name):
+        view.require(wanted.spec, "use another store")
     raise ViewMismatch(f"store {store.root.path} has no view with the embeddings that {wanted.name!r} stands for")
 
 

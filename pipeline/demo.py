@@ -11,6 +11,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from features.embedding import Progress
+from features.errors import DataError
 from features.extract import extract
 from features.sources import list_source
 from features.store import FeatureStore
@@ -21,6 +22,7 @@ from pipeline.train import train
 
 PIXELS = 64
 TEST_EVERY = 5
+FILES = ("digits", "store", "bundle", "predictions.parquet")
 
 
 def write_digits(folder: Path) -> int:
@@ -60,8 +62,16 @@ def run(out: Path, progress: Progress, say: Callable[[str], None]) -> tuple[dict
     facts : dict
         The content of `bundle.json`.
     predictions : pathlib.Path
+
+    Raises
+    ------
+    DataError
+        If anything but an earlier demo is there.
     """
-    images, store, trained, predictions = (out / name for name in ("digits", "store", "bundle", "predictions.parquet"))
+    there = {path.name for path in out.iterdir()} if out.is_dir() else set()
+    if there - set(FILES) or (there and "digits" not in there) or (out.exists() and not out.is_dir()):
+        raise DataError(f"{out} holds something else than an earlier demo; name a new folder with --out")
+    images, store, trained, predictions = (out / name for name in FILES)
     say(f"{write_digits(images):,} handwritten digits in {images}")
     say(f"$ permafrost extract {images} --store {store} --backbone tiny")
     feature_store = FeatureStore.open_or_new(str(store))

@@ -19,6 +19,7 @@ from threadpoolctl import threadpool_limits
 from features import reading
 from features.embedding import Progress
 from features.errors import DataError
+from features.guards import require_folder
 from features.store import FeatureStore
 from pipeline import atlas, dataset, galleries, page, problems, streaming, thumbnails
 from pipeline.atlas import COMPONENTS
@@ -223,8 +224,7 @@ def require_free(out: Path) -> None:
     DataError
         If something else is there.
     """
-    if not out.parent.is_dir():
-        raise DataError(f"folder {out.parent} for --out is not there; make it first")
+    require_folder(out.parent)
     if out.exists() and not out.is_dir():
         raise DataError(f"{out} is a file; name a directory with --out")
     others = sorted(path.name for path in out.iterdir() if path.name not in FILES) if out.exists() else []

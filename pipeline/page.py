@@ -16,6 +16,7 @@ from markupsafe import Markup
 from numpy.typing import NDArray
 
 from features.errors import DataError
+from features.guards import require_folder
 from pipeline import charts, galleries, report, thumbnails
 from pipeline.atlas import Atlas
 from pipeline.duplicates import MOST_PAIRS
@@ -44,8 +45,7 @@ def require_writable(out: Path) -> None:
     """
     if out.is_dir():
         raise DataError(f"{out} is a directory; name a file with --html")
-    if not out.parent.is_dir():
-        raise DataError(f"folder {out.parent} for --html is not there; make it first")
+    require_folder(out.parent, "--html")
 
 
 def write(out: Path, html: str) -> None:

@@ -138,16 +138,18 @@ def predict_source(
     return _predict(bundle, store, filled.views[0], filled.rows.select(CARRIED), out, watch)
 
 
-def require_writable(out: Path) -> None:
-    """Check, before the work, that predictions may be written there.
+def require_writable(out: Path, source: str | None = None) -> None:
+    """Check, before the work, that predictions of a source may be written there.
 
     Raises
     ------
     DataError
-        If it is no Parquet file's name, or its folder is not there.
+        If it is no Parquet file's name, its folder is not there, or it is the source itself.
     """
     if out.suffix != ".parquet" or out.is_dir():
         raise DataError(f"predictions are written as Parquet; name --out {out.with_suffix('.parquet')}")
+    if source and out.exists() and out.resolve() == Path(source).resolve():
+        raise DataError(f"--out {out} is the source itself, which would be lost; name another file")
     require_file(out)
 
 

@@ -145,10 +145,8 @@ def _alone(store: FeatureStore) -> FileLock:
 
 def _view_in(store: FeatureStore, view: View) -> View:
     """The store's view of that fingerprint; a new one has a longer name if the name is another's."""
-    there = store.views()
-    same = [other for other in there.values() if other.fingerprint == view.fingerprint]
     longer = replace(view, name=f"{view.name}-{view.fingerprint[:8]}")
-    return same[0] if same else longer if view.name in there else view
+    return fill.alike(store, view) or (longer if store.view(view.name) else view)
 
 
 def _parts(images: Images, stream: Stream) -> Iterator[tuple[dict[str, dict[str, Any]], Vectors]]:

@@ -123,7 +123,7 @@ def _quantities(labels: pd.Series[Any]) -> NDArray[np.float64]:
         return labels.to_numpy(np.float64)
     except (TypeError, ValueError):
         raise DataError(
-            f"column {labels.name!r} holds {str(labels.iloc[0])!r}, which is no quantity; use --task classification"
+            f"column {labels.name!r} holds {str(labels.iloc[0])!r}, which is no quantity; leave out --log and --task"
         ) from None
 
 

@@ -78,7 +78,14 @@ def test_each_mistake_is_one_line_and_leaves_nothing(permafrost: Run, photos: Pa
         (5, "is not a feature store", ("train", tmp_path / "none", "--target", "label", "--out", bundle)),
         (5, "is not a bundle", ("predict", tmp_path, photos, "--out", tmp_path / "p.parquet")),
         (2, "written as Parquet", ("predict", tmp_path, photos, "--out", tmp_path / "p.csv")),
+        (2, "is the source itself", ("predict", tmp_path, tmp_path / "t.parquet", "--out", tmp_path / "t.parquet")),
+        (2, "for --out cannot be written", ("predict", tmp_path, photos, "--out", "/proc/self/p.parquet")),
+        (2, "holds something else than an earlier demo", ("demo", "--out", tmp_path)),
+        (2, "holds something else than an earlier demo", ("demo", "--out", tmp_path / "t.parquet")),
+        (2, "is empty", ("extract", tmp_path / "empty.csv", *ours)),
     ]
+    (tmp_path / "t.parquet").write_bytes(b"mine")
+    (tmp_path / "empty.csv").write_bytes(b"")
     before = sorted(tmp_path.rglob("*"))
     for code, told, arguments in mistakes:
         said = permafrost(*arguments, code=code)

@@ -165,7 +165,7 @@ def test_an_error_leaves_no_partial_file_and_the_old_one_as_it_was(
 
 
 def test_what_cannot_be_written_is_told_before_anything_is(tmp_path: Path, store: FeatureStore) -> None:
-    with pytest.raises(DataError, match="nowhere is not there; make it"):
+    with pytest.raises(DataError, match="nowhere for --out is not there; make it"):
         export(store, VIEW, tmp_path / "nowhere" / "out.csv", "csv", wide=False)
     with pytest.raises(DataError, match="is a directory; name a file"):
         export(store, VIEW, tmp_path, "csv", wide=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -44,6 +45,11 @@ def test_an_old_store_goes_on_as_the_same_store(old: Path) -> None:
     store = FeatureStore.open(str(old / "store"))
     before = store.snapshot()
     assert store.publish("photos", before.samples, "2026-11-22T00:00:00+00:00") == (before, "unchanged")
+
+
+def test_an_old_bundle_whose_backbone_is_unknown_says_so(old: Path, photos: Path, permafrost: Any) -> None:
+    said = permafrost("predict", old / "bundle", photos, "--out", old / "p.parquet", code=2).stderr
+    assert "backbone 'toy' is unknown" in said and said.count("\n") == 1
 
 
 def test_an_old_bundle_predicts(old: Path) -> None:

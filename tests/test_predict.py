@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import tracemalloc
 from pathlib import Path
@@ -94,6 +95,18 @@ def test_predictions_are_those_that_were_scored(store: FeatureStore, tmp_path: P
     listed = predicted(loaded, store, out)
     assert len(listed) == 24 and (listed["prediction"] == listed["id"].str.split("/").str[1]).all()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle", "p.parquet", "photos", "store"]
+
+
+def test_of_like_views_the_fullest_is_read(store: FeatureStore, tmp_path: Path, photos: Path, toy: Toy) -> None:
+    train(store, "label", tmp_path / "bundle", selection=LOOSE, folds=3)
+    trained, before = bundle.load(tmp_path / "bundle"), toy.embedded
+    twin = dataclasses.replace(trained.view, name="a-twin")
+    store.add_view(twin)
+    (name, *_), X = keys(1), np.zeros((1, twin.dim), np.float32)
+    parts.write(store.root, twin, [name], X, {})
+    assert predict.predict_store(trained, store, tmp_path / "p.parquet")["failed"] == 0
+    predict.predict_source(trained, list_source(str(photos)), tmp_path / "p.parquet", store=store)
+    assert toy.embedded == before and len(stored(store, twin)) == 1
 
 
 def test_predictions_exist_where_nothing_could_be_read(store: FeatureStore, tmp_path: Path) -> None:

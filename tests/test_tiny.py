@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -95,3 +96,27 @@ def test_the_script_that_makes_tiny_runs_and_repeats_itself(tmp_path: Path) -> N
         assert log["photographs"] == 96 and len(log["loss"]) == log["epochs"] == 1
         states.append(backbones.load([Request.parse("tiny", str(out))]).specs)
     assert states[0] == states[1]
+
+
+def test_what_tiny_cannot_be_made_of_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    for number in range(32):
+        draw(tmp_path / f"photos/{number}.png", (200, number, 60))
+    squeezenet, _ = backbones.build("squeezenet1_1")
+    torch.save(squeezenet.state_dict(), tmp_path / "other.pth")
+    made = ("--out", str(tmp_path / "made.safetensors"))
+    for told, arguments in (
+        ("do not fit this backbone", ("other.pth", "photos", *made)),
+        ("none.pth is not there", ("none.pth", "photos", *made)),
+        ("none has 0 photographs; 32 are the least", ("other.pth", "none", *made)),
+        (
+            "must be a .safetensors file in a folder that is there",
+            ("other.pth", "photos", "--out", "gone/a.safetensors"),
+        ),
+        ("must be a .safetensors file in a folder that is there", ("other.pth", "photos", "--out", "a.json")),
+    ):
+        command = [sys.executable, "-m", "features.tiny", *arguments]
+        environment = os.environ | {"PYTHONPATH": f"{Path(__file__).parents[1]}"}
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == 1 and done.stderr.count("\n") == 1 and told in done.stderr, done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other.pth", "photos"]
