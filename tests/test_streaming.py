@@ -153,6 +153,10 @@ def test_one_command_streams_to_a_bundle_that_predicts(
     said = predicted(bundle.load(out), store, tmp_path / "p.parquet").set_index("id")
     labels = store.snapshot().samples.to_pandas().set_index("id")["label"]
     assert (said["prediction"] == labels)[said["status"] == "ok"].mean() > 0.7
+
+
+@pytest.mark.slow
+def test_blocks_give_the_same_scores_again(store: FeatureStore, tmp_path: Path) -> None:
     again = train(store, "label", tmp_path / "again", stream=True, **NO_IMAGES)["targets"]
     once = train(store, "label", tmp_path / "once", stream=True, **NO_IMAGES)["targets"]
     assert once[0]["cross_validation"] == again[0]["cross_validation"]
@@ -203,6 +207,7 @@ def test_very_many_groups_stay_whole_and_classes_even(monkeypatch: pytest.Monkey
         assert len(score) > ROWS / 6 and np.bincount(y[score]).min() > ROWS / 25
 
 
+@pytest.mark.slow
 def test_a_disk_without_space_and_a_signal_leave_nothing(tmp_path: Path) -> None:
     view = View("v", {}, 64, Request("none", "V1"))
     store = drawn(tmp_path / "store", 20_000, view)

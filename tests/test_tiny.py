@@ -98,6 +98,7 @@ def test_the_script_that_makes_tiny_runs_and_repeats_itself(tmp_path: Path) -> N
     assert states[0] == states[1]
 
 
+@pytest.mark.slow
 def test_what_tiny_cannot_be_made_of_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     for number in range(32):
