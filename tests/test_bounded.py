@@ -85,6 +85,7 @@ def code(row: dict[str, Any]) -> str:
     return (row["error"] or row["status"]).partition(":")[0]
 
 
+@pytest.mark.slow
 def test_no_odd_image_takes_a_gibibyte_or_a_run_with_it(process: Permafrost, testdata: Path, tmp_path: Path) -> None:
     draw(tmp_path / "one/a.png", (1, 2, 3))
     _, least, _ = measured(process, tmp_path / "one", tmp_path / "idle")
@@ -148,6 +149,7 @@ def test_a_decoder_that_hangs_is_left_behind_and_tried_again(
     assert (record["opened"], record["embedded"], record["failed"]) == (6, 6, 0)
 
 
+@pytest.mark.slow
 def test_a_process_with_a_hanging_decoder_ends(photos: Path, tmp_path: Path) -> None:
     for number in range(3):
         (photos / f"{number}.png").write_bytes(b"hang" * (number + 1))

@@ -224,6 +224,7 @@ def test_the_fast_path_is_the_reference_path(
     assert abs(scores[0] - scores[1]) <= 0.005
 
 
+@pytest.mark.slow
 def test_two_runs_give_the_same_bits(process: Any, photos: Path, tmp_path: Path) -> None:
     for store in ("one", "two"):
         process("extract", photos, "--store", tmp_path / store, "--backbone", "tiny")

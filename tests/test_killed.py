@@ -170,7 +170,7 @@ def kill_at_random(world: World, undisturbed: tuple[World, float], kills: int, s
     assert json.loads(world.end())["opened"] == 0
 
 
-@pytest.mark.parametrize(("kills", "seed"), [(5, 0), pytest.param(20, 1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("kills", "seed"), [(2, 0), pytest.param(20, 1, marks=pytest.mark.slow)])
 def test_what_was_finished_survives_kills(
     world: World, undisturbed: tuple[World, float], kills: int, seed: int
 ) -> None:
@@ -198,7 +198,14 @@ def end_early(world: World, number: signal.Signals | None, code: int, seconds: f
     return said
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (None, 7)])
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [
+        (signal.SIGTERM, 143),
+        pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow),
+        pytest.param(None, 7, marks=pytest.mark.slow),
+    ],
+)
 def test_a_run_that_is_told_to_end_keeps_what_it_has(
     world: World, undisturbed: tuple[World, float], number: signal.Signals | None, code: int
 ) -> None:
@@ -266,6 +273,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", disk], check=True)
 
 
+@pytest.mark.slow
 def test_a_full_disk_keeps_what_fitted(world: World, undisturbed: tuple[World, float], small_disk: Path) -> None:
     world.store = small_disk / "store"
     said = world.end(code=1)

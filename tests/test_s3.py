@@ -84,6 +84,7 @@ def test_tables_and_tars_may_lie_on_s3(few: Path, bucket: str, toy: Toy, tmp_pat
     assert again == [0, 1]  # The missing one is looked for again.
 
 
+@pytest.mark.slow
 def test_two_processes_at_once_both_end_well(few: Path, bucket: str) -> None:
     command = [*COMMAND, str(few), "--store", f"{bucket}/store", *TINY]
     runs = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
@@ -125,7 +126,9 @@ def test_only_the_keys_of_a_part_are_fetched(bucket: str, toy: Toy, few: Path, m
         assert file.read() == content
 
 
-@pytest.mark.parametrize("what", ["no key", "refused", "nobody there", "no bucket"])
+@pytest.mark.parametrize(
+    "what", ["no key", "refused", "nobody there", pytest.param("no bucket", marks=pytest.mark.slow)]
+)
 def test_what_cannot_be_reached_is_one_line_and_an_exit_code(
     few: Path, bucket: str, monkeypatch: pytest.MonkeyPatch, what: str, tmp_path: Path
 ) -> None:
