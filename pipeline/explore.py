@@ -52,6 +52,9 @@ def explore(
 ) -> dict[str, Any]:
     """Cluster the images of a store, rank the odd ones, find doubles, and draw all that as a page.
 
+    Where embeddings would not fit in memory, a random sample of `pipeline.dataset.MOST_SEEN` images stands for all, and
+    no near duplicates are sought.
+
     Parameters
     ----------
     store : FeatureStore
@@ -87,7 +90,8 @@ def explore(
     """
     require_free(out)
     chosen, snapshot = store.pick_view(view), store.snapshot()
-    data = dataset.load(store, [chosen], snapshot, [], dataset.Selection(where), streaming.never)
+    every = dataset.load(store, [chosen], snapshot, [], dataset.Selection(where), streaming.needed, out.parent)
+    data = every.in_memory()
     samples, X = data.samples, np.asarray(data.embeddings[chosen.name])
     label, distance = clustered(X, clusters)
     pairs = problems.near_duplicates(samples, data.groups.pairs)
@@ -108,7 +112,8 @@ def explore(
         "store": store.root.url,
         "view": chosen.name,
         "snapshot": {"number": snapshot.number, "digest": snapshot.digest},
-        "samples": len(samples),
+        "samples": len(every),
+        "seen": len(samples),
         "left_out": {name: count for name, count in data.left_out.items() if count},
         "clusters": np.bincount(label).tolist(),
         "outliers": int(odd["outlier"].sum()),

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from sklearn.metrics import log_loss
 
@@ -25,7 +26,7 @@ from features import parts, samples
 from features.errors import DataError
 from features.store import FeatureStore
 from features.views import Request, View
-from pipeline import blocks, bundle, evaluate, folds, heads, streaming, tuning
+from pipeline import blocks, bundle, dataset, evaluate, folds, heads, streaming, tuning
 from pipeline.blocks import Blocks
 from pipeline.dataset import Selection, load
 from pipeline.folds import Examples, fold
@@ -256,9 +257,20 @@ def test_what_needs_all_at_once_says_so_where_memory_does_not_do(
     store: FeatureStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, permafrost: Permafrost
 ) -> None:
     monkeypatch.setattr(streaming, "memory", lambda: streaming.COPIES * 4 * ROWS * DIM - 1)
+    compare = ["compare", store.root.path, "--target", "label", "--heads", "knn"]
+    said = permafrost(*compare, code=2).stderr
+    assert said.count("\n") == 1 and "600 embeddings of 6 numbers" in said and "choose fewer with --where" in said
+    permafrost(*compare, "--where", "id < '000400'")
+
+
+def test_a_look_is_at_a_sample_where_memory_does_not_do(
+    store: FeatureStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, permafrost: Permafrost
+) -> None:
+    monkeypatch.setattr(dataset, "MOST_SEEN", 200)
     look = ["explore", store.root.path, "--out", tmp_path / "look", "--no-images"]
-    for command in (look, ["compare", store.root.path, "--target", "label"]):
-        said = permafrost(*command, code=2).stderr
-        assert said.count("\n") == 1 and "600 embeddings of 6 numbers" in said and "choose fewer with --where" in said
-    assert [path.name for path in tmp_path.iterdir()] == ["store"]
-    permafrost(*look, "--where", "id < '000300'")
+    assert permafrost(*look).stdout.startswith("600 images in ")
+    monkeypatch.setattr(streaming, "memory", lambda: 1000)
+    assert permafrost(*look).stdout.startswith("200 of 600 images, drawn at random, in ")
+    assert "of 200 images drawn at random" in (tmp_path / "look/report.html").read_text()
+    assert pq.read_metadata(tmp_path / "look/clusters.parquet").num_rows == 200
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["look", "store"]
