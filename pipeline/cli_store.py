@@ -151,8 +151,6 @@ def explore(
             progress=progress,
         )
     told = {"out": str(out), "count": len(facts["clusters"])} | facts
-    seen = (
-        "{seen:,} of {samples:,} images, drawn at random," if facts["seen"] < facts["samples"] else "{samples:,} images"
-    )
+    seen = "{seen:,} of {samples:,} images, drawn at random," if facts["streamed"] else "{samples:,} images"
     said = seen + " in {count} clusters, {outliers:,} unlike all others, {near_duplicates:,} pairs of doubles"
     say_result(told, as_json, said + "; see {out}/report.html")

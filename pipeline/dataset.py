@@ -19,7 +19,7 @@ from features.errors import DataError, ViewMismatch
 from features.fill import alike
 from features.store import FeatureStore, Snapshot
 from features.views import View
-from pipeline import blocks
+from pipeline import blocks, streaming
 from pipeline.blocks import Blocks
 from pipeline.folds import SEED, Examples
 from pipeline.groups import Groups, find
@@ -126,7 +126,8 @@ class Dataset:
         """The same with the embeddings in memory; where these were not, a random sample of it."""
         if not self.streamed:
             return self
-        rows = np.sort(np.random.default_rng(SEED).permutation(len(self))[:MOST_SEEN])
+        most = min(MOST_SEEN, *(streaming.bearable(X.dim) for X in self.embeddings.values() if isinstance(X, Blocks)))
+        rows = np.sort(np.random.default_rng(SEED).permutation(len(self))[: max(1, most)])
         return replace(
             self,
             samples=self.samples.iloc[rows].reset_index(drop=True),
@@ -192,30 +193,31 @@ def load(
     known = frame[targets].notna().any(axis=1).to_numpy() if targets else np.ones(len(frame), bool)
     timed = frame[selection.time].notna().to_numpy() if selection.time else np.ones(len(frame), bool)
     found, matrices = np.ones(len(frame), bool), dict[str, NDArray[np.float32] | Blocks]()
-    wanted = table["sha256"] if chosen.all() else table["sha256"].filter(pa.array(chosen))
+    asked = chosen & ok & known & timed
+    wanted = table["sha256"] if asked.all() else table["sha256"].filter(pa.array(asked))
     for view in views:
         there = np.zeros(len(frame), bool)
         if stream(len(wanted), view.dim):
             file = tempfile.TemporaryFile(dir=scratch)  # noqa: SIM115
-            there[chosen], matrices[view.name] = blocks.write(store.root, view, wanted, file)
+            there[asked], matrices[view.name] = blocks.write(store.root, view, wanted, file)
         else:
-            there[chosen], matrices[view.name] = parts.gather(store.root, view, wanted)
+            there[asked], matrices[view.name] = parts.gather(store.root, view, wanted)
         found &= there
     left_out = {
         "failed": int((chosen & ~ok).sum()),
-        "not_embedded": int((chosen & ok & ~found).sum()),
-        "unlabelled": int((chosen & ok & found & ~known).sum()),
-        "without_time": int((chosen & ok & found & known & ~timed).sum()),
+        "not_embedded": int((asked & ~found).sum()),
+        "unlabelled": int((chosen & ok & ~known).sum()),
+        "without_time": int((chosen & ok & known & ~timed).sum()),
         "without_split": int((frame[selection.split].isna()).sum()) if selection.split else 0,
     }
-    usable = chosen & ok & found & known & timed
+    usable = asked & found
     for part, use in ((usable & ~tested, "train on" if targets else "look at"), (usable & tested, "test on")):
         if not part.any() and (use != "test on" or tested.any() or selection.test_where is not None):
             told = left_out | {"for the test": int(tested.sum())}
             counted = ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in told.items())
             raise DataError(f"no sample to {use}: of {int(chosen.sum())} chosen, {counted}")
     kept = frame if usable.all() else frame[usable].reset_index(drop=True)
-    rows = (np.cumsum(chosen) - 1)[usable]
+    rows = (np.cumsum(asked) - 1)[usable]
     embeddings = {name: matrix if len(rows) == len(matrix) else matrix[rows] for name, matrix in matrices.items()}
     in_memory = [matrix for matrix in embeddings.values() if not isinstance(matrix, Blocks)]
     together = find(kept, in_memory, selection.groups, selection.near_duplicates)

@@ -68,7 +68,7 @@ def run(out: Path, progress: Progress, say: Callable[[str], None]) -> tuple[dict
     DataError
         If anything but an earlier demo is there.
     """
-    there = {path.name for path in out.iterdir()} if out.is_dir() else set()
+    there = {path.name for path in out.iterdir() if path.name[0] != "."} if out.is_dir() else set()
     if there - set(FILES) or (there and "digits" not in there) or (out.exists() and not out.is_dir()):
         raise DataError(f"{out} holds something else than an earlier demo; name a new folder with --out")
     images, store, trained, predictions = (out / name for name in FILES)

@@ -236,15 +236,8 @@ def one_thread_each() -> Iterator[None]:
     threads of the folds cannot set them.
     """
     with threadpool_limits(limits=1, user_api="blas"), warnings.catch_warnings():
-        for about in (
-            "Scoring failed",
-            "invalid value encountered in",
-            "One or more of the test scores",
-            ".*fits failed",
-        ):
+        for about in EXPECTED_WARNINGS:
             warnings.filterwarnings("ignore", about)
-        # Of folds within a fold, a rare class need not be in each.
-        warnings.filterwarnings("ignore", "The least populated class in y")
         yield
 
 

@@ -114,11 +114,12 @@ def explore(
         "snapshot": {"number": snapshot.number, "digest": snapshot.digest},
         "samples": len(every),
         "seen": len(samples),
+        "streamed": every.streamed,
         "left_out": {name: count for name, count in data.left_out.items() if count},
         "clusters": np.bincount(label).tolist(),
         "outliers": int(odd["outlier"].sum()),
         "near_duplicates": len(pairs),
-        "copies": data.groups.copies,
+        "copies": every.groups.copies,
     }
     shown = galleries.shown([*groups, galleries.pairs_of(pairs), galleries.odd_ones(odd)], drawn)
     pictures = thumbnails.read(samples, shown, progress) if with_images else None

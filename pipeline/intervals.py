@@ -25,7 +25,9 @@ of 100 to 400 examples in 10 to 1,280 dimensions; why: Bates, Hastie and Tibshir
 CELLS = 4_000_000
 """Weights that are held at once; bounds memory."""
 MOST_GROUPS = 20_000
-"""Groups in the bag that is resampled where there are more."""
+"""Groups in the bag that is resampled where there are more, and more of rare classes."""
+FEWEST = 50
+"""Groups in the bag with any one class."""
 
 
 @dataclass(frozen=True)
@@ -68,9 +70,9 @@ def scores(predictions: Predictions, groups: Rows, fold: Rows | None = None) -> 
     Tibshirani 1993, chapter 13; Field and Welsh 2007 for the grouped one). Rows and groups alike give the same
     resamples, which makes the differences of two calls' `Score.resampled` those of a paired comparison.
 
-    Of more than `MOST_GROUPS` groups so many are drawn once, and resampled to the number of all: one bag of the bag of
-    little bootstraps (Kleiner et al. 2014), which tells how far the value over all rows may be off, at the cost of the
-    bag.
+    Of more than `MOST_GROUPS` groups about so many are drawn once, and resampled to the number of all: one bag of the
+    bag of little bootstraps (Kleiner et al. 2014), which tells how far the value over all rows may be off, at the cost
+    of the bag. Groups with a rare class are drawn more often, and count for less.
 
     Parameters
     ----------
@@ -96,12 +98,13 @@ def scores(predictions: Predictions, groups: Rows, fold: Rows | None = None) -> 
     # One after the other: each is as long as there are rows.
     plain = [measure(predictions, weights) for weights in (every, *(every * (fold == number) for number in numbers))]
     values = {name: [float(each[name][0]) for each in plain] for name in plain[0]}
-    different = np.unique(groups)
-    independent, bag = len(different), np.ones(len(groups), bool)
+    different, place = np.unique(groups, return_inverse=True)
+    independent, little, chances = len(different), predictions, None
     if independent > MOST_GROUPS:
-        bag = np.isin(groups, np.random.default_rng(SEED).permutation(different)[:MOST_GROUPS])
-    little = predictions if bag.all() else predictions.take(bag)
-    drawn = [measure(little, weights) for weights in _resamples(groups[bag], independent)]
+        bag, chances = _bag(predictions, place, independent)
+        rows = np.isin(place, bag)
+        little, place = predictions.take(rows), np.searchsorted(bag, place[rows])
+    drawn = [measure(little, weights) for weights in _resamples(place, independent, chances)]
     wider = _wider(independent, fold is not None)
     found = {}
     for name, (value, *folds) in values.items():
@@ -118,17 +121,39 @@ def scores(predictions: Predictions, groups: Rows, fold: Rows | None = None) -> 
     return found
 
 
-def _resamples(groups: Rows, size: int) -> Iterator[Floats]:
-    """Weights of the rows, some resamples at a time: how often each row's group came in `size` draws."""
-    numbers, place = np.unique(groups, return_inverse=True)
+def _bag(predictions: Predictions, place: Rows, count: int) -> tuple[Rows, Floats]:
+    """Some of the groups, ascending, and the chance of each to be drawn, which adds up to that of those it stands for.
+
+    A group is of its rarest class. Of each class there are as many as its share makes, but at least `FEWEST`, if so
+    many there are: a resample of less would show too little of how recall varies.
+    """
+    rarest = np.zeros(count, np.int64)
+    if predictions.classes is not None:
+        classes = len(predictions.classes)
+        holds = np.unique(place * classes + predictions.y) % classes
+        order = np.argsort(np.argsort(np.bincount(holds, minlength=classes), kind="stable"), kind="stable")
+        rarest[:] = classes
+        np.minimum.at(rarest, place, order[predictions.y])
+    shuffled = np.random.default_rng(SEED).permutation(count)
+    shuffled = shuffled[np.argsort(rarest[shuffled], kind="stable")]
+    sizes = np.bincount(rarest)
+    taken = np.minimum(sizes, np.maximum(FEWEST, np.ceil(sizes * (MOST_GROUPS / count)).astype(np.int64)))
+    number = np.arange(count) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    bag = np.sort(shuffled[number < np.repeat(taken, sizes)])
+    chances = (sizes / np.maximum(taken, 1))[rarest[bag]]
+    return bag, chances / chances.sum()
+
+
+def _resamples(place: Rows, size: int, chances: Floats | None = None) -> Iterator[Floats]:
+    """Weights of the rows, some resamples at a time: how often each row's group, by place, came in `size` draws."""
     random, left = np.random.default_rng(SEED), RESAMPLES
     while left:
-        count = min(left, max(1, CELLS // len(groups)))
+        count = min(left, max(1, CELLS // len(place)))
         # One draw after the other, so that the number at a time changes nothing.
         drawn = [
-            np.bincount(random.integers(len(numbers), size=size), minlength=len(numbers))
-            if size == len(numbers)
-            else random.multinomial(size, np.full(len(numbers), 1 / len(numbers)))
+            np.bincount(random.integers(size, size=size), minlength=size)
+            if chances is None
+            else random.multinomial(size, chances)
             for _ in range(count)
         ]
         yield np.stack(drawn)[:, place].astype(np.float64)

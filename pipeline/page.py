@@ -136,7 +136,7 @@ def of_training(
         "map": chart_of(atlas, samples, pictures, *_told(found, len(samples))),
         "pairs": galleries.filled(listed["pairs"], samples, pictures),
         "pair_count": f"{counts['near_duplicates']:,}{' or more' if counts['near_duplicates'] >= MOST_PAIRS else ''}",
-        "looked_for_pairs": facts["settings"]["near_duplicates"],
+        "looked_for_pairs": facts["settings"]["near_duplicates"] and not facts["settings"]["streaming"],
         "with_images": pictures is not None,
         "outliers": galleries.filled(listed["outliers"], samples, pictures),
         "outlier_count": counts["outliers"],

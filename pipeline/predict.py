@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from features import parts, samples
+from features import locations, parts, samples
 from features.embedding import Progress
 from features.errors import DataError, Drifted
 from features.export import require_file
@@ -148,7 +148,8 @@ def require_writable(out: Path, source: str | None = None) -> None:
     """
     if out.suffix != ".parquet" or out.is_dir():
         raise DataError(f"predictions are written as Parquet; name --out {out.with_suffix('.parquet')}")
-    if source and out.exists() and out.resolve() == Path(source).resolve():
+    place = Path((source and locations.local_path(source)) or "")
+    if out.is_file() and place.is_file() and out.samefile(place):
         raise DataError(f"--out {out} is the source itself, which would be lost; name another file")
     require_file(out)
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import getpass
 import hashlib
 import json
+import os
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from threading import Lock
@@ -137,10 +138,15 @@ def _refuse() -> Backbone:
     raise _Lacking
 
 
-def _alone(store: FeatureStore) -> FileLock:
-    """Held by one thread of one of this user's processes at a time: others would embed the same images."""
+@contextmanager
+def _alone(store: FeatureStore) -> Iterator[None]:
+    """Let one thread of one of this user's processes pass at a time: others would embed the same images."""
     name = hashlib.sha256(store.root.url.encode()).hexdigest()[:16]
-    return FileLock(Path(tempfile.gettempdir(), f"permafrost-{getpass.getuser()}-{name}.lock"))
+    with ExitStack() as stack:
+        # It saves work, and nothing depends on it: some places have no folder, or no locks, for it.
+        with suppress(OSError, NotImplementedError):
+            stack.enter_context(FileLock(Path(tempfile.gettempdir(), f"permafrost-{os.getuid()}-{name}.lock")))
+        yield
 
 
 def _view_in(store: FeatureStore, view: View) -> View:

@@ -25,7 +25,7 @@ ROWS = 8192
 SAMPLES = "samples"
 ALL_VIEWS = ("show", "information_schema", "duckdb_", "query_table")
 """What asks for tables without naming them."""
-ASKING = {getattr(duckdb.StatementType, name) for name in ("SELECT", "EXPLAIN", "PRAGMA", "CALL", "MULTI")}
+ASKING = {getattr(duckdb.StatementType, name) for name in ("SELECT", "EXPLAIN", "EXECUTE", "PRAGMA", "CALL", "MULTI")}
 _FORMATS: dict[str, Format] = {".parquet": "parquet", ".csv": "csv", ".arrow": "arrow"}
 
 

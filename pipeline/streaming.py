@@ -26,9 +26,26 @@ STEPS = 1_000_000
 MOST_PASSES = 100
 
 
+def bearable(dim: int) -> int:
+    """Rows of which the float32 embeddings, and what training makes of them, take half of the memory."""
+    return int(SHARE * memory() / (COPIES * 4 * dim))
+
+
 def needed(rows: int, dim: int) -> bool:
-    """Whether float32 embeddings, and what training makes of them, would take more than half of the memory."""
-    return COPIES * 4 * rows * dim > SHARE * memory()
+    """Whether embeddings, and what training makes of them, would take more than half of the memory."""
+    return rows > bearable(dim)
+
+
+def require_room(rows: int, classes: int) -> None:
+    """Check that memory holds what a head, a dummy and a control say of each row: a float32 for each class.
+
+    Raises
+    ------
+    DataError
+        If it does not.
+    """
+    if COPIES * 4 * rows * classes > memory():
+        raise DataError(f"probabilities of {classes:,} classes for {rows:,} samples do not fit in memory; use --where")
 
 
 def memory(groups: Path = Path("/sys/fs/cgroup"), mine: Path = Path("/proc/self/cgroup")) -> int:
@@ -102,21 +119,23 @@ def fit(head: Pipeline, X: Blocks, y: NDArray[Any]) -> Pipeline:
                 break
             step.partial_fit(_through(steps[:number], some))
     model, y = _started(last, y)
-    known, asked = dict[str, Any](), getattr(model, "class_weight", None)
+    # A column of ones: what scikit-learn (1.9) averages, it does not carry an intercept over from block to block.
+    learner, known = clone(model).set_params(fit_intercept=False), dict[str, Any]()
     if hasattr(model, "class_weight"):
         known = {"classes": np.unique(y)}
-    if asked == "balanced":
+    if known and model.class_weight == "balanced":
         # It cannot be read off a block.
-        weights = compute_class_weight(asked, classes=known["classes"], y=y)
-        model.set_params(class_weight=dict(zip(known["classes"], weights, strict=True)))
+        weights = compute_class_weight("balanced", classes=known["classes"], y=y)
+        learner.set_params(class_weight=dict(zip(known["classes"], weights, strict=True)))
     for _ in range(min(MOST_PASSES, -(-STEPS // len(y)))):
         for rows, some in X:
-            # Up to scikit-learn 1.9 the mean of the intercepts is overwritten by the last of them, for several classes.
-            if hasattr(model, "_standard_intercept"):
-                model.intercept_ = model._standard_intercept
-            model.partial_fit(_through(steps, some), y[rows], **known)
-    if asked:
-        model.set_params(class_weight=asked)
+            told = _through(steps, some)
+            learner.partial_fit(np.hstack([told, np.ones((len(told), 1), told.dtype)]), y[rows], **known)
+    model.coef_ = np.ascontiguousarray(learner.coef_[..., :-1])
+    model.intercept_ = np.atleast_1d(learner.coef_[..., -1])
+    model.t_, model.n_iter_, model.n_features_in_ = learner.t_, learner.n_iter_, learner.n_features_in_ - 1
+    if known:
+        model.classes_ = learner.classes_
     return head
 
 

@@ -140,6 +140,8 @@ def train(
     seen = data.in_memory()
     asked = targets.read(data.samples, names, task or ("regression" if log else None))
     if data.streamed:
+        for each in asked:
+            streaming.require_room(len(data), 1 if each.task == "regression" else len(np.unique(each.y[each.known])))
         # All that is known of five million samples takes a gigabyte.
         listing = dataclasses.replace(listing, samples=samples.empty())
         data = dataclasses.replace(data, samples=data.samples[["id"]])

@@ -296,3 +296,18 @@ def test_a_bag_of_groups_gives_the_intervals_of_all(classes: int, monkeypatch: p
         assert other.high - other.low == pytest.approx(score.high - score.low, rel=0.2), name
     # Not those of a thousand groups, which would be wider by the root of three.
     assert bag["accuracy"].high - bag["accuracy"].low < 1.3 * (whole["accuracy"].high - whole["accuracy"].low)
+
+
+def test_a_bag_of_groups_knows_a_rare_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    random, rows = np.random.default_rng(0), 30_000
+    y = np.zeros(rows, np.int64)
+    y[random.permutation(rows)[:60]] = 1
+    sure = 1 / (1 + np.exp(-(random.normal(size=rows) + 3.5 * y - 3)))
+    said = Predictions(y, (sure > 0.5).astype(int), np.stack([1 - sure, sure], 1), sure, np.array(["no", "yes"]))
+    monkeypatch.setattr(intervals, "MOST_GROUPS", 30_000)
+    whole = scores(said, np.arange(rows))
+    monkeypatch.setattr(intervals, "MOST_GROUPS", 5000)
+    bag = scores(said, np.arange(rows))
+    for name in ("accuracy", "balanced_accuracy", "f1_macro", "roc_auc", "log_loss"):
+        wide, exact = bag[name].high - bag[name].low, whole[name].high - whole[name].low
+        assert bag[name].value == whole[name].value and 0.75 * exact < wide < 1.5 * exact, name

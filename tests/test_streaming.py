@@ -126,6 +126,20 @@ def test_a_head_learns_from_blocks_what_it_learns_in_memory(store: FeatureStore,
     assert np.array_equal(said.predicted, again.predicted) and np.allclose(said.shares, again.shares, atol=1e-6)  # type: ignore[arg-type]
 
 
+def test_a_rare_class_of_two_is_learnt_from_blocks(store: FeatureStore) -> None:
+    streamed, known = both(store, "label")
+    rare = np.flatnonzero((known.y == "class 1") | ((known.y == "class 0") & (np.arange(ROWS) % 10 == 0)))
+    streamed, known = streamed[rare], dataclasses.replace(known.take(rare), task="binary")
+    recipe = Recipe("binary", "sgd")
+    ours = tuning.fit(recipe, dataclasses.replace(known, X=streamed)).estimator
+    theirs = tuning.fit(recipe, known).estimator
+    assert ours.classes_.tolist() == ["class 0", "class 1"] and ours["head"].coef_.shape == (1, DIM)
+    # An intercept that is forgotten at every block is near zero.
+    assert abs(theirs["head"].intercept_[0]) > 1
+    assert np.allclose(ours["head"].intercept_, theirs["head"].intercept_, rtol=0.2)
+    assert log_loss(known.y, ours.predict_proba(known.X)) < 1.05 * log_loss(known.y, theirs.predict_proba(known.X))
+
+
 @pytest.mark.parametrize("log", [False, True], ids=["as it is", "log"])
 def test_quantities_are_learnt_from_blocks(store: FeatureStore, log: bool) -> None:
     streamed, known = both(store, "size")
@@ -269,8 +283,8 @@ def test_a_look_is_at_a_sample_where_memory_does_not_do(
     monkeypatch.setattr(dataset, "MOST_SEEN", 200)
     look = ["explore", store.root.path, "--out", tmp_path / "look", "--no-images"]
     assert permafrost(*look).stdout.startswith("600 images in ")
-    monkeypatch.setattr(streaming, "memory", lambda: 1000)
+    monkeypatch.setattr(streaming, "memory", lambda: 2 * streaming.COPIES * 4 * (ROWS // 2) * DIM)
     assert permafrost(*look).stdout.startswith("200 of 600 images, drawn at random, in ")
-    assert "of 200 images drawn at random" in (tmp_path / "look/report.html").read_text()
+    assert "These are drawn at random from 600" in (tmp_path / "look/report.html").read_text()
     assert pq.read_metadata(tmp_path / "look/clusters.parquet").num_rows == 200
     assert sorted(path.name for path in tmp_path.iterdir()) == ["look", "store"]
