@@ -301,13 +301,13 @@ def test_a_bag_of_groups_gives_the_intervals_of_all(classes: int, monkeypatch: p
 def test_a_bag_of_groups_knows_a_rare_class(monkeypatch: pytest.MonkeyPatch) -> None:
     random, rows = np.random.default_rng(0), 30_000
     y = np.zeros(rows, np.int64)
-    y[random.permutation(rows)[:60]] = 1
+    y[random.permutation(rows)[:30]] = 1
     sure = 1 / (1 + np.exp(-(random.normal(size=rows) + 3.5 * y - 3)))
     said = Predictions(y, (sure > 0.5).astype(int), np.stack([1 - sure, sure], 1), sure, np.array(["no", "yes"]))
     monkeypatch.setattr(intervals, "MOST_GROUPS", 30_000)
     whole = scores(said, np.arange(rows))
-    monkeypatch.setattr(intervals, "MOST_GROUPS", 5000)
+    monkeypatch.setattr(intervals, "MOST_GROUPS", 1000)
     bag = scores(said, np.arange(rows))
-    for name in ("accuracy", "balanced_accuracy", "f1_macro", "roc_auc", "log_loss"):
+    for name in ("balanced_accuracy", "roc_auc"):
         wide, exact = bag[name].high - bag[name].low, whole[name].high - whole[name].low
         assert bag[name].value == whole[name].value and 0.75 * exact < wide < 1.5 * exact, name
