@@ -168,7 +168,7 @@ def test_compiled_or_not_the_vectors_are_alike(process: Any, photos: Path, tmp_p
         for how in ("off", "on", "on"):
             store = tmp_path / f"{precision}-{how}-{len(found)}"
             process(
-                *("extract", photos, "--store", store, "--backbone", "tiny"),
+                *("extract", photos, "--store", store, "--backbone", "squeezenet1_1", "--weights", "untrained"),
                 *("--precision", precision, "--compile", how),
             )
             found[precision, how, len(found)] = FeatureStore.open(str(store)).load().embeddings
